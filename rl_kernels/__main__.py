@@ -1,0 +1,49 @@
+"""The command line: ``python -m rl_kernels COMMAND``.
+
+A command's module is imported when the command runs, so that ``--help`` is quick and one command's extras are not
+needed by another.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+# name: (module:attribute of the click command, one line for --help)
+COMMANDS = {
+    "demo": ("rl_kernels.demo:demo_command", "Train a small ResNet and ViT, whole and with blocks replaced."),
+    "doctor": ("rl_kernels.doctor:doctor_command", "Check this installation: versions, devices, backends."),
+    "plan": ("rl_kernels.conversion.command:plan_command", "Show which blocks of a named model would be replaced."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a command of :data:`COMMANDS` only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands' names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command, or None where there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rl_kernels", prog_name="rl_kernels")
+def main() -> None:
+    """Layers whose weights are mixed from their neighbours' while they are multiplied."""
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m rl_kernels")

@@ -1,0 +1,41 @@
+"""What a recorded measurement says about where it was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def machine() -> dict[str, str | int | float | list[str]]:
+    """Describe the processor, its memory (GiB), torch's threads and the GPUs; names no host and no path."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    described: dict[str, str | int | float | list[str]] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        described["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    return described
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python and of the installed ones among rl_kernels, torch and ``packages``."""
+    found = {"python": platform.python_version()}
+    for name in ("rl_kernels", "torch", *packages):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

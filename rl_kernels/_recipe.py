@@ -1,0 +1,39 @@
+"""The recipe ``W = sum_j c_j * W_j`` in plain torch: its meaning, and the dtypes that every kernel follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sources of ``dtype`` are mixed and their sums kept: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def broadcast_coefficient(coefficients: Tensor, j: int, dim: int) -> Tensor:
+    """Coefficient ``j`` of a ``(N,)`` or ``(N, out)`` tensor, shaped to multiply a ``dim``-dimensional source."""
+    # Never 0-dim: a 0-dim factor would not promote a half-precision source, and the product would round too early.
+    return coefficients[j].reshape(-1, *(1,) * (dim - 1))
+
+
+def mix(sources: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Evaluate the recipe, as a whole tensor and differentiably.
+
+    Args:
+        sources: N tensors of one shape ``(out, ...)`` and dtype.
+        coefficients: ``(N,)`` or ``(N, out)``.
+        dtype: of the result; the sources' own by default.
+
+    Returns:
+        A tensor shaped as a source: the terms are summed in source order, in float32 (float64 for float64), and
+        rounded once.
+    """
+    compute = accumulate_dtype(sources[0].dtype)
+    coefficients = coefficients.to(compute)
+    total = sources[0].to(compute) * broadcast_coefficient(coefficients, 0, sources[0].dim())
+    for j in range(1, len(sources)):
+        total = total + sources[j].to(compute) * broadcast_coefficient(coefficients, j, sources[j].dim())
+    return total.to(dtype or sources[0].dtype)

@@ -1,0 +1,107 @@
+"""The backends: how each op is run. Importing this package registers them, in the order in which auto tries them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rl_kernels import _ops
+from rl_kernels.backends import reference, streamed
+from rl_kernels.backends.selection import AUTO, Backend, Case, choose, kernel, register, registered, requested
+
+selection_order = ("streamed", "reference")
+
+
+def _kernels(module: Any) -> dict[str, Callable[..., Any]]:
+    return {op: getattr(module, op) for op in _ops.SCHEMAS if hasattr(module, op)}
+
+
+def _anything(case: Case) -> str | None:
+    return None
+
+
+register(
+    Backend("streamed", "bounded panels of the mixed weight through the vendor's products", _kernels(streamed), _anything)
+)
+register(Backend("reference", "plain torch on a materialised weight: the meaning", _kernels(reference), _anything))
+
+
+def _implement(op: str) -> None:
+    check = _ops.CHECKS[op]
+
+    def run(activation: torch.Tensor, *arguments: Any) -> Any:
+        check(activation, *arguments)
+        return kernel(op, activation)(activation, *arguments)
+
+    _ops.LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+
+
+for _op in _ops.SCHEMAS:
+    _implement(_op)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What one backend does for one case.
+
+    Attributes:
+        case: the op, device type and dtype.
+        backend: the backend's name.
+        serves: whether it takes such calls as things are set now.
+        reason: why, in a few words.
+    """
+
+    case: Case
+    backend: str
+    serves: bool
+    reason: str
+
+
+class Services(tuple[Service, ...]):
+    """A list of ``Service`` that prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        header = ("op", "device", "dtype", "backend", "serves", "why")
+        rows = [
+            (s.case.op, s.case.device, str(s.case.dtype).removeprefix("torch."), s.backend, "yes" if s.serves else "no", s.reason)
+            for s in self
+        ]
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = [header, tuple("-" * width for width in widths), *rows]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def backends(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Services:
+    """Say which backend serves which op, and why.
+
+    Args:
+        device: to ask about; by default CUDA where there is a GPU, else the CPU.
+        dtype: of the activation.
+
+    Returns:
+        One ``Service`` per op and backend; print it for a table.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    name = requested()
+    for op in _ops.SCHEMAS:
+        case = Case(op, torch.device(device).type, dtype)
+        serving = choose(case, registered()).name if name == AUTO else name
+        for backend in registered():
+            reason = backend.why_not(case)
+            serves = reason is None and backend.name == serving
+            if reason is None:
+                if serves:
+                    reason = backend.summary if name == AUTO else "asked for"
+                elif name != AUTO:
+                    reason = f"{name} is asked for"
+                else:
+                    reason = backend.automatic(case) or f"{serving} comes first"
+            found.append(Service(case, backend.name, serves, reason))
+    return Services(found)

@@ -1,0 +1,140 @@
+"""The meaning of every op, in plain torch.
+
+It evaluates the recipe as a whole tensor: for tests, and where nothing else serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as aten
+from torch import Tensor
+
+from rl_kernels import _ops
+from rl_kernels._recipe import accumulate_dtype, broadcast_coefficient, mix
+
+
+def mixed_linear(
+    x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None
+) -> Tensor:
+    bias = None if biases is None else mix(biases, coefficients, x.dtype)
+    return aten.linear(x, mix(weights, coefficients, x.dtype), bias).contiguous()
+
+
+def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    return (dy @ mix(weights, coefficients, dy.dtype)).contiguous()
+
+
+def mixed_linear_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Tensor,
+    biases: Sequence[Tensor] | None,
+    weights_mask: Sequence[bool],
+    coefficients_mask: bool,
+    biases_mask: Sequence[bool],
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    out_features, in_features = weights[0].shape
+    dy, x = dy.reshape(-1, out_features), x.reshape(-1, in_features)
+    compute = accumulate_dtype(weights[0].dtype)
+    g = dy.t().to(compute) @ x.to(compute)
+    masks = (weights_mask, coefficients_mask, biases_mask)
+    return _gradients(g, dy.sum(0, dtype=compute), weights, coefficients, biases, *masks)
+
+
+def mixed_conv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Tensor,
+    biases: Sequence[Tensor] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    bias = None if biases is None else mix(biases, coefficients, x.dtype)
+    weight = mix(weights, coefficients, x.dtype)
+    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return y.contiguous(memory_format=_ops.conv_memory_format(x, weights))
+
+
+def mixed_conv_dgrad(
+    dy: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    weight = mix(weights, coefficients, dy.dtype)
+    x = dy.new_empty(tuple(input_size))
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [True, False, False]
+    )
+    return dx.contiguous(memory_format=_ops.conv_memory_format(dy, weights))
+
+
+def mixed_conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Tensor,
+    biases: Sequence[Tensor] | None,
+    weights_mask: Sequence[bool],
+    coefficients_mask: bool,
+    biases_mask: Sequence[bool],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    compute = accumulate_dtype(weights[0].dtype)
+    _, g, _ = torch.ops.aten.convolution_backward(
+        dy.to(compute),
+        x.to(compute),
+        weights[0].to(compute),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        groups,
+        [False, True, False],
+    )
+    total = dy.sum([0, *range(2, dy.dim())], dtype=compute)
+    masks = (weights_mask, coefficients_mask, biases_mask)
+    g = g.contiguous(memory_format=_ops.conv_memory_format(x, weights))
+    return _gradients(g, total, weights, coefficients, biases, *masks)
+
+
+def _gradients(
+    g: Tensor,
+    total: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Tensor,
+    biases: Sequence[Tensor] | None,
+    weights_mask: Sequence[bool],
+    coefficients_mask: bool,
+    biases_mask: Sequence[bool],
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """All gradients, from that of the mixed weight and that of the mixed bias (``total``)."""
+    dweights = [
+        (broadcast_coefficient(coefficients, j, g.dim()) * g).to(weight.dtype) if wanted else weight.new_empty(0)
+        for j, (weight, wanted) in enumerate(zip(weights, weights_mask, strict=True))
+    ]
+    dbiases = [
+        (coefficients[j] * total).to(bias.dtype) if wanted else bias.new_empty(0)
+        for j, (bias, wanted) in enumerate(zip(biases or (), biases_mask, strict=True))
+    ]
+    if not coefficients_mask:
+        return dweights, coefficients.new_empty(0), dbiases
+    rows = torch.stack([(g * weight).sum(tuple(range(1, g.dim())), dtype=torch.float64) for weight in weights])
+    if biases is not None:
+        rows = rows + torch.stack([total.double() * bias.double() for bias in biases])
+    dcoefficients = rows if coefficients.dim() == 2 else rows.sum(1)
+    return dweights, dcoefficients.to(coefficients.dtype), dbiases

@@ -1,0 +1,219 @@
+"""Functional forms: the layers of ``torch.nn.functional`` on a weight that is a recipe.
+
+Where torch takes one ``weight``, these take N of one shape (``weights``) and the ``coefficients`` that mix them:
+``W = sum_j c_j * W_j`` (Replacement Learning, arXiv 2410.01239, mixes the two neighbours of a layer:
+``a * W[i-1] + b * W[i+1]``). The mixed weight is never stored. Common to all:
+
+* ``weights``: a sequence of N >= 1 floating-point tensors of one shape, dtype and device.
+* ``coefficients``: a tensor of shape ``(N,)``, or ``(N, out)`` for one coefficient per output channel; or a sequence
+  of N floats or one-element tensors. Mixing happens in float32 (float64 for float64 weights).
+* ``biases``: None, or N vectors of shape ``(out,)``, mixed by the same coefficients.
+
+Bad arguments raise before anything is computed: RuntimeError for shapes, dtypes and devices, as torch's layers do,
+TypeError for a wrong kind of argument; the message names the argument, what came and what was expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as aten
+from torch import Tensor
+
+from rl_kernels import _ops
+from rl_kernels._autograd import CONV, LINEAR, mixed_forward
+from rl_kernels._recipe import accumulate_dtype
+from rl_kernels._recipe import mix as _mix
+
+Coefficients = Tensor | Sequence[float | Tensor]
+
+
+def _coefficients(coefficients: Coefficients, sources: Sequence[Tensor], name: str = "weights") -> Tensor:
+    """``coefficients`` as one tensor, in the dtype in which ``sources`` mix."""
+    _ops.check_sources(name, sources)
+    dtype = accumulate_dtype(sources[0].dtype)
+    if isinstance(coefficients, Tensor):
+        if not coefficients.dtype.is_floating_point:
+            raise RuntimeError(f"coefficients: got dtype {coefficients.dtype}, expected a floating-point dtype")
+        return coefficients if coefficients.dtype == dtype else coefficients.to(dtype)
+    if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
+        raise TypeError(
+            f"coefficients: got {type(coefficients).__name__}, expected a tensor or a sequence of floats or "
+            "one-element tensors"
+        )
+    if len(coefficients) != len(sources):
+        raise RuntimeError(f"coefficients: got {len(coefficients)}, expected {len(sources)} as there are {name}")
+    device = sources[0].device
+    if not any(isinstance(c, Tensor) for c in coefficients):
+        return torch.tensor([float(c) for c in coefficients], dtype=dtype, device=device)
+    parts = []
+    for j, c in enumerate(coefficients):
+        part = c if isinstance(c, Tensor) else torch.tensor(float(c), dtype=dtype, device=device)
+        if part.numel() != 1:
+            raise RuntimeError(f"coefficients[{j}]: got shape {tuple(part.shape)}, expected one element")
+        if part.device != device:
+            raise RuntimeError(f"coefficients[{j}]: got device {part.device}, expected {device} as {name}[0]")
+        parts.append(part.reshape(1).to(dtype))
+    return torch.cat(parts)
+
+
+def mix(weights: Sequence[Tensor], coefficients: Coefficients) -> Tensor:
+    """Evaluate the recipe: ``sum_j c_j * W_j`` as a tensor, differentiably.
+
+    For merging, for vectors such as a norm's affine parameters, and for tests: the layers' functions evaluate it a
+    tile at a time instead.
+
+    Args:
+        weights: N tensors of one shape ``(out, ...)``.
+        coefficients: as everywhere in this module.
+
+    Returns:
+        A tensor shaped as a source, in its dtype: summed in source order in float32 (float64 for float64), rounded
+        once.
+    """
+    mixing = _coefficients(coefficients, weights)
+    first = weights[0]
+    if first.dim() == 0:
+        raise RuntimeError("weights[0]: got a 0-dimensional tensor, expected at least one dimension")
+    _ops.check_coefficients(mixing, len(weights), first.shape[0], first.device, first.dtype)
+    return _mix(weights, mixing)
+
+
+def mixed_linear(
+    x: Tensor, weights: Sequence[Tensor], coefficients: Coefficients, biases: Sequence[Tensor] | None = None
+) -> Tensor:
+    """``y = x W^T + b`` with ``W = sum_j c_j * W_j`` and ``b = sum_j c_j * b_j``.
+
+    Args:
+        x: ``(*, in_features)``.
+        weights: N tensors ``(out_features, in_features)``.
+        coefficients: as everywhere in this module.
+        biases: None, or N vectors ``(out_features,)``.
+
+    Returns:
+        ``(*, out_features)``.
+    """
+    return mixed_forward(LINEAR, x, weights, _coefficients(coefficients, weights), biases)
+
+
+def mixed_conv1d(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Coefficients,
+    biases: Sequence[Tensor] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv1d`` on the mixed weight.
+
+    Args:
+        x: ``(batch, in_channels, length)`` or ``(in_channels, length)``.
+        weights: N tensors ``(out_channels, in_channels / groups, kernel)``.
+        coefficients: as everywhere in this module.
+        biases: None, or N vectors ``(out_channels,)``.
+        stride: as torch's.
+        padding: as torch's: an integer, one a dimension, ``"valid"``, or ``"same"`` (with stride 1).
+        dilation: as torch's.
+        groups: as torch's.
+
+    Returns:
+        ``(batch, out_channels, length)``, unbatched where x is.
+    """
+    return _mixed_conv(1, x, weights, coefficients, biases, stride, padding, dilation, groups)
+
+
+def mixed_conv2d(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Coefficients,
+    biases: Sequence[Tensor] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` on the mixed weight: arguments as ``mixed_conv1d``, in two dimensions.
+
+    The result is channels_last where ``x`` or ``weights[0]`` is, as torch's.
+    """
+    return _mixed_conv(2, x, weights, coefficients, biases, stride, padding, dilation, groups)
+
+
+def mixed_conv3d(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Coefficients,
+    biases: Sequence[Tensor] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv3d`` on the mixed weight: arguments as ``mixed_conv1d``, in three dimensions.
+
+    The result is channels_last_3d where ``x`` or ``weights[0]`` is, as torch's.
+    """
+    return _mixed_conv(3, x, weights, coefficients, biases, stride, padding, dilation, groups)
+
+
+def _one_a_dimension(name: str, value: int | Sequence[int], spatial: int) -> list[int]:
+    values = [value] * spatial if isinstance(value, int) else list(value)
+    if len(values) == 1:
+        values *= spatial
+    if len(values) != spatial or not all(isinstance(v, int) for v in values):
+        raise RuntimeError(f"{name}: got {value!r}, expected an integer or {spatial} of them")
+    return values
+
+
+def _mixed_conv(
+    spatial: int,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Coefficients,
+    biases: Sequence[Tensor] | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Tensor:
+    mixing = _coefficients(coefficients, weights)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
+    if weights[0].dim() != spatial + 2:
+        raise RuntimeError(
+            f"weights[0]: got shape {tuple(weights[0].shape)}, expected {spatial + 2} dimensions "
+            "(out_channels, in_channels / groups, *kernel)"
+        )
+    if x.dim() not in (spatial + 1, spatial + 2):
+        raise RuntimeError(
+            f"x: got shape {tuple(x.shape)}, expected {spatial + 1} (unbatched) or {spatial + 2} dimensions"
+        )
+    strides = _one_a_dimension("stride", stride, spatial)
+    dilations = _one_a_dimension("dilation", dilation, spatial)
+    batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+    if isinstance(padding, str):
+        batched, pads = _pad_by_name(padding, batched, weights[0].shape[2:], strides, dilations)
+    else:
+        pads = _one_a_dimension("padding", padding, spatial)
+    y = mixed_forward(CONV, batched, weights, mixing, biases, (strides, pads, dilations, groups))
+    return y if x.dim() == spatial + 2 else y.squeeze(0)
+
+
+def _pad_by_name(
+    padding: str, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """x and the symmetric padding that ``"valid"`` or ``"same"`` mean; x padded first where they are lopsided."""
+    if padding == "valid":
+        return x, [0] * len(kernel_size)
+    if padding != "same":
+        raise RuntimeError(f"padding: got {padding!r}, expected 'valid', 'same' or integers")
+    if any(step != 1 for step in stride):
+        raise RuntimeError(f"padding: got 'same' with stride {list(stride)}, expected stride 1")
+    total = [dil * (kernel - 1) for dil, kernel in zip(dilation, kernel_size, strict=True)]
+    if any(pad % 2 for pad in total):
+        # torch puts the odd one at the end.
+        x = aten.pad(x, [side for pad in reversed(total) for side in (0, pad % 2)])
+    return x, [pad // 2 for pad in total]

@@ -1,0 +1,146 @@
+"""The learnable coefficients of a replaced layer or block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Constraint = Literal["free", "convex"]
+Granularity = Literal["scalar", "channel"]
+Init = Literal["fit"] | Sequence[float] | Tensor | None
+
+CONSTRAINTS = ("free", "convex")
+GRANULARITIES = ("scalar", "channel")
+
+_SMALLEST_CONVEX = 1e-3  # A convex coefficient of 0 has an infinite logit, and would never learn.
+
+
+class Coefficients(nn.Module):
+    """N coefficients, scalar or one per output channel, free or convex. Calling it returns them.
+
+    The paper (arXiv 2410.01239) has two scalars a block, learned freely; it leaves open how they start and whether
+    they are constrained.
+
+    Args:
+        initial: ``(N,)``, or ``(N, out)`` for one coefficient per output channel.
+        constraint: ``"free"``: the parameter ``coefficients`` is what the layer mixes with. ``"convex"``: they are
+            positive and sum to 1 over the sources (for two, ``a + b = 1``), as the softmax of the parameter
+            ``logits``.
+
+    Raises:
+        ValueError: an unknown constraint; or convex initial values that are not positive with sum 1.
+    """
+
+    def __init__(self, initial: Tensor, constraint: Constraint = "free"):
+        super().__init__()
+        if constraint not in CONSTRAINTS:
+            raise ValueError(f"constraint: got {constraint!r}, expected one of {', '.join(CONSTRAINTS)}")
+        self.constraint: Constraint = constraint
+        if constraint == "free":
+            self.coefficients = nn.Parameter(initial.detach().clone())
+            return
+        total = initial.sum(0)
+        if not initial.is_meta and (bool((initial <= 0).any()) or not torch.allclose(total, torch.ones_like(total))):
+            raise ValueError(f"init: got {initial.tolist()}, expected positive coefficients with sum 1 (convex)")
+        self.logits = nn.Parameter(initial.detach().log())
+
+    def forward(self) -> Tensor:
+        """The coefficients, ``(N,)`` or ``(N, out)``."""
+        return self.coefficients if self.constraint == "free" else self.logits.softmax(0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Coefficients:
+        # Half a model's precision is no place to learn two scalars: .half() and .bfloat16() move them, no more.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Shape and constraint, for printing."""
+        parameter = self.coefficients if self.constraint == "free" else self.logits
+        return f"{tuple(parameter.shape)}, constraint={self.constraint!r}"
+
+
+def initial_coefficients(
+    init: Init, n: int, out: int | None, constraint: Constraint, pairs: Iterable[tuple[Tensor, Sequence[Tensor]]]
+) -> Tensor:
+    """Where coefficients start, on the CPU.
+
+    Args:
+        init: None for 1/N each (0.5 for two neighbours); the values; or ``"fit"``.
+        n: how many sources.
+        out: output channels, for one coefficient per channel; None for scalars.
+        constraint: the fit obeys it.
+        pairs: for ``"fit"``: every own weight with its sources' weights, to be met in the least-squares sense.
+
+    Returns:
+        ``(n,)`` or ``(n, out)``, float32 (float64 where the weights to fit are).
+    """
+    if isinstance(init, str):
+        if init != "fit":
+            raise ValueError(f"init: got {init!r}, expected 'fit', numbers or None")
+        found = list(pairs)
+        if not found:
+            raise ValueError("init: got 'fit' without own=..., the plain layer whose weight is to be fitted")
+        return fit(found, channel=out is not None, convex=constraint == "convex")
+    shape = (n,) if out is None else (n, out)
+    if init is None:
+        return torch.full(shape, 1 / n)
+    values = torch.as_tensor(init, dtype=torch.float32).detach().cpu()
+    if values.shape == (n,) and out is not None:
+        values = values[:, None].expand(shape)
+    if values.shape != shape:
+        raise ValueError(f"init: got shape {tuple(values.shape)}, expected {shape} or ({n},)")
+    return values
+
+
+def fit(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], *, channel: bool = False, convex: bool = False) -> Tensor:
+    """The coefficients whose mix is nearest to given weights: ``argmin_c sum ||W - sum_j c_j W_j||^2``.
+
+    Args:
+        pairs: each an own weight ``(out, ...)`` and its N sources. One set of coefficients serves them all.
+        channel: one set per output channel (then all weights need the same ``out``).
+        convex: positive coefficients with sum 1.
+
+    Returns:
+        ``(N,)`` or ``(N, out)``: float32, or float64 for float64 weights. Of several solutions the smallest.
+    """
+    gram, moment = 0, 0
+    for own, sources in pairs:
+        stacked = torch.stack([source.detach().double().flatten(1) for source in sources], dim=1)
+        target = own.detach().double().flatten(1).unsqueeze(2)
+        gram = gram + stacked @ stacked.mT
+        moment = moment + (stacked @ target).squeeze(2)
+    if not channel:
+        gram, moment = gram.sum(0, keepdim=True), moment.sum(0, keepdim=True)
+    solution = _fit_convex(gram, moment) if convex else torch.linalg.pinv(gram) @ moment.unsqueeze(2)
+    solution = solution.reshape(moment.shape).mT if channel else solution.reshape(-1)
+    dtype = torch.float64 if pairs[0][0].dtype == torch.float64 else torch.float32
+    return solution.to("cpu", dtype).contiguous()
+
+
+def _fit_convex(gram: Tensor, moment: Tensor) -> Tensor:
+    """The best point of the simplex, of ``gram`` ``(batch, N, N)`` and ``moment`` ``(batch, N)``: the best of its faces.
+
+    On a face (a set of sources that alone take part) the minimum solves a linear system; 2^N - 1 faces are few.
+    """
+    batch, n = moment.shape
+    best = torch.full_like(moment, 1 / n)
+    least = torch.full_like(moment[:, 0], torch.inf)
+    for face in (list(c) for size in range(1, n + 1) for c in itertools.combinations(range(n), size)):
+        system = torch.zeros(batch, len(face) + 1, len(face) + 1, dtype=gram.dtype, device=gram.device)
+        system[:, :-1, :-1] = gram[:, face][:, :, face]
+        system[:, -1, :-1] = system[:, :-1, -1] = 1
+        right = torch.cat([moment[:, face], torch.ones_like(moment[:, :1])], dim=1)
+        point = torch.zeros_like(moment)
+        point[:, face] = (torch.linalg.pinv(system) @ right.unsqueeze(2)).squeeze(2)[:, :-1]
+        loss = (point.unsqueeze(1) @ gram @ point.unsqueeze(2)).flatten() - 2 * (point * moment).sum(1)
+        better = (point >= 0).all(1) & (loss < least)
+        best, least = torch.where(better[:, None], point, best), torch.where(better, loss, least)
+    best = best.clamp_min(_SMALLEST_CONVEX)
+    return best / best.sum(1, keepdim=True)

@@ -1,0 +1,102 @@
+"""ReplacementConv1d, 2d and 3d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as aten
+from torch import Tensor, nn
+
+from rl_kernels import functional as F
+from rl_kernels.nn.sources import ReplacementLayer, copy_parameters
+
+
+class _ReplacementConv(ReplacementLayer):
+    def __init__(self, sources: Any, *, own: nn.Module | None = None, **options: Any):
+        super().__init__(sources, own=own, **options)
+        settings: Any = sources[0] if own is None else own
+        self.in_channels: int = settings.in_channels
+        self.out_channels: int = settings.out_channels
+        self.kernel_size: tuple[int, ...] = settings.kernel_size
+        self.stride: tuple[int, ...] = settings.stride
+        self.padding: str | tuple[int, ...] = settings.padding
+        self.dilation: tuple[int, ...] = settings.dilation
+        self.groups: int = settings.groups
+        self.padding_mode: str = settings.padding_mode
+
+    @classmethod
+    def signature(cls, layer: nn.Module) -> dict[str, Any]:
+        """Parameter shapes, dtype, device, and the groups, by which filters read their channels."""
+        return {**super().signature(layer), "groups": layer.groups}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution with the mixed weight and bias."""
+        weights = self._tensors("weight")
+        assert weights is not None
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = aten.pad(x, self._sides(), mode=self.padding_mode)
+            padding = (0,) * len(self.kernel_size)
+        convolution = (F.mixed_conv1d, F.mixed_conv2d, F.mixed_conv3d)[len(self.kernel_size) - 1]
+        biases = self._tensors("bias")
+        return convolution(x, weights, self.coefficients, biases, self.stride, padding, self.dilation, self.groups)
+
+    def _sides(self) -> list[int]:
+        """Padding by side as ``torch.nn.functional.pad`` takes it: the last dimension first, before and after."""
+        sides: list[int] = []
+        for dim in reversed(range(len(self.kernel_size))):
+            if self.padding == "same":
+                total = self.dilation[dim] * (self.kernel_size[dim] - 1)
+                sides += [total // 2, total - total // 2]
+            else:
+                sides += [0 if self.padding == "valid" else int(self.padding[dim])] * 2
+        return sides
+
+    def merged(self) -> nn.Module:
+        """The plain convolution that computes the same."""
+        (kind,) = self.source_type
+        bias = self.bias
+        layer = kind(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            bias is not None,
+            self.padding_mode,
+            device="meta",
+        )
+        layer = layer.to_empty(device=self._sources[0].weight.device)
+        copy_parameters(layer, {"weight": self.weight, "bias": bias}, self._sources[0].weight)
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Sizes, sources and options, for printing."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
+            f"padding_mode={self.padding_mode!r}, {super().extra_repr()}"
+        )
+
+
+class ReplacementConv1d(_ReplacementConv):
+    """``nn.Conv1d`` on the mixed weights and biases of other ``nn.Conv1d``; options of ``ReplacementLayer``.
+
+    Stride, padding (all of torch's padding modes), dilation and groups are ``own``'s, else the first source's.
+    """
+
+    source_type = (nn.Conv1d,)
+
+
+class ReplacementConv2d(_ReplacementConv):
+    """``nn.Conv2d`` on the mixed weights and biases of other ``nn.Conv2d``; as ``ReplacementConv1d``."""
+
+    source_type = (nn.Conv2d,)
+
+
+class ReplacementConv3d(_ReplacementConv):
+    """``nn.Conv3d`` on the mixed weights and biases of other ``nn.Conv3d``; as ``ReplacementConv1d``."""
+
+    source_type = (nn.Conv3d,)

@@ -1,0 +1,247 @@
+"""How a replaced layer refers to its neighbours, and what all replaced layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rl_kernels import functional as F
+from rl_kernels.nn.coefficients import (
+    GRANULARITIES,
+    Coefficients,
+    Constraint,
+    Granularity,
+    Init,
+    initial_coefficients,
+)
+
+Layer = TypeVar("Layer", bound="ReplacementLayer")
+
+
+class Unregistered:
+    """Modules referred to by a plain object, so that ``nn.Module`` registers none of them.
+
+    Their parameters stay their owner's: once in ``state_dict``, in ``parameters()`` and in checkpoints. Copying or
+    pickling a model that holds both ends keeps the reference; copying one layer alone copies what it refers to.
+    """
+
+    __slots__ = ("modules",)
+
+    def __init__(self, *modules: nn.Module):
+        self.modules = modules
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __getitem__(self, j: int) -> Any:
+        return self.modules[j]
+
+
+class ReplacementLayer(nn.Module):
+    """A layer without weights of its own: it runs on ``sum_j c_j * W_j`` over its sources (arXiv 2410.01239).
+
+    Its parameters are its coefficients and nothing else, or none where it borrows a block's. It refers to its sources
+    without registering them; replacing a source in its parent (``model.fc3 = ...``) leaves the reference stale: call
+    ``rebind``.
+
+    Args:
+        sources: N >= 1 plain layers of one shape: for Replacement Learning the two neighbours, the previous first.
+        own: the plain layer that this one replaces. Its settings (stride, eps, ...) are taken over, those of the
+            first source otherwise; its weight is what ``init="fit"`` fits; its running statistics are kept.
+        init: initial coefficients: None for 1/N each (0.5 for two; the paper does not say); N numbers, or a tensor
+            shaped as the coefficients; or ``"fit"``, the least-squares coefficients for ``own``'s weight, for
+            pretrained models (beyond the paper).
+        constraint: ``"free"``, as in the paper, or ``"convex"``: positive with sum 1 (beyond the paper).
+        granularity: ``"scalar"``, as in the paper, or ``"channel"``: one coefficient per source and output channel
+            (beyond the paper).
+        detach: indices of sources that get no gradient from this layer (for two neighbours 0 is the previous, 1 the
+            next). None by default: the paper lets gradients reach both.
+        coefficients: another layer's or block's ``Coefficients`` to share, instead of own ones (the paper's case of
+            one pair a block). The module that registers them is another's; this layer only refers to them.
+
+    Raises:
+        TypeError: a source of another kind.
+        ValueError: sources that do not fit together, or an unknown option; the message names it.
+    """
+
+    source_type: ClassVar[tuple[type[nn.Module], ...]]
+    """What a source may be."""
+
+    def __init__(
+        self,
+        sources: Sequence[nn.Module],
+        *,
+        own: nn.Module | None = None,
+        init: Init = None,
+        constraint: Constraint = "free",
+        granularity: Granularity = "scalar",
+        detach: Collection[int] = (),
+        coefficients: Coefficients | None = None,
+    ):
+        super().__init__()
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity: got {granularity!r}, expected one of {', '.join(GRANULARITIES)}")
+        self.check_sources(sources)
+        if own is not None:
+            self.check_sources([*sources, own], name="own")
+        if not set(detach) <= set(range(len(sources))):
+            raise ValueError(f"detach: got {sorted(detach)}, expected indices of the {len(sources)} sources")
+        self.granularity: Granularity = granularity
+        self.detach: tuple[int, ...] = tuple(sorted(set(detach)))
+        self._sources = Unregistered(*sources)
+        self._borrowed = Unregistered()
+        if coefficients is not None:
+            if granularity != "scalar":
+                raise ValueError("granularity: got 'channel' with shared coefficients, expected 'scalar'")
+            self._borrowed = Unregistered(coefficients)
+        else:
+            self.mixing = self._make_coefficients(own, init, constraint)
+        self.training = sources[0].training if own is None else own.training
+
+    def _make_coefficients(self, own: nn.Module | None, init: Init, constraint: Constraint) -> Coefficients:
+        out = self.out_channels_of(self._sources[0]) if self.granularity == "channel" else None
+        pairs = [] if own is None else self.fit_pairs(own, tuple(self._sources))
+        values = initial_coefficients(init, len(self._sources), out, constraint, pairs)
+        weight = self.main_weight(self._sources[0])
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return Coefficients(values.to(weight.device, dtype), constraint)
+
+    @classmethod
+    def from_neighbours(cls: type[Layer], prev: nn.Module, next: nn.Module, **options: Any) -> Layer:
+        """The paper's layer, ``a * W[prev] + b * W[next]``; options as the constructor's."""
+        return cls((prev, next), **options)
+
+    # What a kind of layer defines.
+
+    @staticmethod
+    def main_weight(source: nn.Module) -> Tensor:
+        """The source's weight: its shape, dtype and device stand for the source's."""
+        weight = source.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @classmethod
+    def out_channels_of(cls, source: nn.Module) -> int:
+        """How many coefficients a source has at granularity ``"channel"``."""
+        return cls.main_weight(source).shape[0]
+
+    @classmethod
+    def fit_pairs(cls, own: nn.Module, sources: Sequence[nn.Module]) -> list[tuple[Tensor, list[Tensor]]]:
+        """What ``init="fit"`` fits: own weights, each with those of the sources."""
+        return [(cls.main_weight(own), [cls.main_weight(source) for source in sources])]
+
+    @classmethod
+    def signature(cls, layer: nn.Module) -> dict[str, Any]:
+        """What must agree between sources: the shapes of their parameters (None for an absent one), dtype, device."""
+        weight = cls.main_weight(layer)
+        shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+        return {**shapes, "dtype": weight.dtype, "device": weight.device}
+
+    @classmethod
+    def check_sources(cls, sources: Sequence[nn.Module], name: str = "sources") -> None:
+        """Raise unless ``sources`` are layers of this kind that can be mixed."""
+        if len(sources) == 0:
+            raise ValueError("sources: got none, expected one or more layers")
+        expected = " or ".join(kind.__name__ for kind in cls.source_type)
+        for j, source in enumerate(sources):
+            label = f"sources[{j}]" if name == "sources" else name
+            if isinstance(source, ReplacementLayer):
+                raise TypeError(f"{label}: got {type(source).__name__}, which is itself replaced; expected {expected}")
+            if not isinstance(source, cls.source_type):
+                raise TypeError(f"{label}: got {type(source).__name__}, expected {expected}")
+            found, first = cls.signature(source), cls.signature(sources[0])
+            for key in sorted(found.keys() | first.keys()):
+                if found.get(key) != first.get(key):
+                    raise ValueError(
+                        f"{label}: got {key} {found.get(key)}, expected {first.get(key)} as sources[0]"
+                    )
+
+    # What every replaced layer offers.
+
+    @property
+    def sources(self) -> tuple[nn.Module, ...]:
+        """The layers whose weights are mixed."""
+        return tuple(self._sources)
+
+    def rebind(self, *sources: nn.Module) -> None:
+        """Refer to other sources, as many as before and of the same shape: after a neighbour was replaced.
+
+        Raises:
+            TypeError: a source of another kind.
+            ValueError: another number or shape of sources.
+        """
+        if len(sources) != len(self._sources):
+            raise ValueError(f"sources: got {len(sources)} layers, expected {len(self._sources)}")
+        self.check_sources([self._sources[0], *sources], name="sources of rebind")
+        self._sources = Unregistered(*sources)
+
+    @property
+    def coefficient_module(self) -> Coefficients:
+        """The module that holds the coefficients: the layer's own, or the one it borrows."""
+        module = self._borrowed[0] if len(self._borrowed) else self.mixing
+        assert isinstance(module, Coefficients)
+        return module
+
+    @property
+    def coefficients(self) -> Tensor:
+        """The coefficients that mix the sources: ``(N,)`` or ``(N, out)``."""
+        values = self.coefficient_module()
+        assert isinstance(values, Tensor)
+        return values
+
+    @property
+    def a(self) -> Tensor:
+        """The coefficient of the previous neighbour: a view of ``coefficients``."""
+        return self.coefficients[0]
+
+    @property
+    def b(self) -> Tensor:
+        """The coefficient of the next neighbour: a view of ``coefficients``."""
+        return self.coefficients[1]
+
+    def _tensors(self, name: str) -> list[Tensor] | None:
+        """The parameter ``name`` of every source, detached where asked; None where the sources have none."""
+        tensors = [getattr(source, name) for source in self._sources]
+        if tensors[0] is None:
+            return None
+        return [tensor.detach() if j in self.detach else tensor for j, tensor in enumerate(tensors)]
+
+    def _mixed(self, name: str) -> Tensor | None:
+        tensors = self._tensors(name)
+        return None if tensors is None else F.mix(tensors, self.coefficients)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The mixed weight, evaluated at each access: for export, and for code that reads a layer's ``weight``."""
+        return self._mixed("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The mixed bias, evaluated at each access; None where the sources have none."""
+        return self._mixed("bias")
+
+    def merged(self) -> nn.Module:
+        """The plain torch layer that computes the same, with parameters of its own."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Sources and options, for printing."""
+        borrowed = ", coefficients shared" if len(self._borrowed) else ""
+        detached = f", detach={self.detach}" if self.detach else ""
+        return f"sources={len(self._sources)}, granularity={self.granularity!r}{detached}{borrowed}"
+
+
+def copy_parameters(layer: nn.Module, values: dict[str, Tensor | None], like: Tensor) -> None:
+    """Set the parameters of a plain ``layer`` to copies of ``values``, trainable, in the dtype and place of ``like``."""
+    layer.to(device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        for name, value in values.items():
+            if value is not None:
+                parameter = getattr(layer, name)
+                parameter.copy_(value)
