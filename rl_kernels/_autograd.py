@@ -20,7 +20,8 @@ The set of ops is closed under differentiation. With ``W`` the recipe over ``wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +85,22 @@ _is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_batched
 _is_legacy_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
 
 
+_plain_torch = False
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside, every call takes way 2: what a user could write in plain torch. For comparisons."""
+    global _plain_torch
+    previous, _plain_torch = _plain_torch, True
+    try:
+        yield
+    finally:
+        _plain_torch = previous
+
+
 def _needs_composite(tensors: Sequence[Tensor]) -> bool:
-    if _functorch_is_active() or getattr(forward_ad, "_current_level", -1) >= 0:
+    if _plain_torch or _functorch_is_active() or getattr(forward_ad, "_current_level", -1) >= 0:
         return True
     return any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
 

@@ -12,6 +12,7 @@ G into that source's own buffer, and one pass over panels finishes every gradien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,9 +31,9 @@ _LINEAR_PANEL = {"cpu": 1 << 18, "cuda": 1 << 22}
 _BYTES_AN_ELEMENT = 16
 """What an element of a panel costs at most: the float64 panel and a product; or float32 sums, a term and the panel."""
 
-_SHORTEST_RUN = {torch.float64: 256, torch.float32: 512}
-"""Columns of a dgrad panel at least: shorter contiguous runs waste memory bandwidth. Half precision: 32, since sums
-over row blocks would round at each."""
+_SHORTEST_RUN = {torch.float64: 256, torch.float32: 512, torch.bfloat16: 32, torch.float16: 32}
+"""Columns of a dgrad panel at least: shorter contiguous runs waste memory bandwidth. Fewer in half precision, where
+taller panels come first: a sum over row blocks rounds at each."""
 
 
 def workspace_bytes(device: torch.device | str) -> int:
@@ -83,10 +84,7 @@ class _Mixer:
 
 def _view(scratch: Tensor, shape: Sequence[int], memory_format: torch.memory_format) -> Tensor:
     """The front of a 1-D ``scratch`` as a dense tensor of ``shape`` in ``memory_format``."""
-    numel = 1
-    for size in shape:
-        numel *= size
-    flat = scratch[:numel]
+    flat = scratch[: math.prod(shape)]
     if memory_format == torch.contiguous_format:
         return flat.view(tuple(shape))
     batch, channels, *spatial = shape
@@ -131,7 +129,7 @@ def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tens
         return dx
     rows_dy, rows_dx = dy.reshape(-1, out_features), dx.view(-1, in_features)
     elements = _linear_panel(dy)
-    columns = min(in_features, max(elements // max(out_features, 1), _SHORTEST_RUN.get(dy.dtype, 32)))
+    columns = min(in_features, max(elements // max(out_features, 1), _SHORTEST_RUN[dy.dtype]))
     panel = _Mixer(weights, coefficients, dy.dtype, elements)
     for inner in _blocks(in_features, columns):
         target = rows_dx[:, inner]
@@ -212,9 +210,9 @@ def _channel_blocks(groups: int, per_group: int, channel_elements: int, elements
 
 
 def _images(batch: int, image_elements: int, tensor: Tensor) -> Iterator[slice]:
-    """Runs of images whose slice of ``image_elements`` each takes a quarter of the workspace at most."""
+    """Runs of images whose slices of ``image_elements`` take a quarter of the workspace at most; one run at least."""
     most = workspace_bytes(tensor.device) // 4 // tensor.element_size()
-    return _blocks(batch, most // max(image_elements, 1))
+    return _blocks(max(batch, 1), most // max(image_elements, 1))
 
 
 def mixed_conv(
@@ -241,8 +239,9 @@ def mixed_conv(
 
     if weights[0].numel() == 0 or x.numel() == 0:
         return empty().zero_() if bias is None else empty().copy_(broadcast_coefficient(bias[None], 0, len(shape) - 1))
-    blocks = _channel_blocks(groups, out_channels // groups, weights[0][0].numel(), _most_elements(x))
-    panel = _Mixer(weights, coefficients, x.dtype, _most_elements(x))
+    filter_elements = weights[0][0].numel()
+    blocks = _channel_blocks(groups, out_channels // groups, filter_elements, _most_elements(x))
+    panel = _Mixer(weights, coefficients, x.dtype, max(filter_elements, _most_elements(x)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
         return convolve(x, whole, bias, groups).contiguous(memory_format=memory_format)
@@ -250,7 +249,7 @@ def mixed_conv(
     for block in blocks:
         rows, inputs = block.part_of(out_channels // groups), block.all_of(in_group)
         weight = panel(rows, memory_format=memory_format)
-        for some in _images(x.shape[0], (rows.stop - rows.start) * y[0, 0].numel(), y):
+        for some in _images(x.shape[0], (rows.stop - rows.start) * math.prod(spatial), y):
             part = convolve(x[some, inputs], weight, None if bias is None else bias[rows], block.count)
             y[some, rows] = part
     return y
@@ -280,8 +279,9 @@ def mixed_conv_dgrad(
     if weights[0].numel() == 0 or dy.numel() == 0:
         return empty().zero_()
     out_group = out_channels // groups
-    blocks = _channel_blocks(groups, in_group, weights[0][:, 0].numel() // groups, _most_elements(dy))
-    panel = _Mixer(weights, coefficients, dy.dtype, _most_elements(dy))
+    filter_elements = weights[0][:out_group, 0].numel()
+    blocks = _channel_blocks(groups, in_group, filter_elements, _most_elements(dy))
+    panel = _Mixer(weights, coefficients, dy.dtype, max(filter_elements, _most_elements(dy)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
         return convolve(dy, whole, groups).contiguous(memory_format=memory_format)
@@ -289,7 +289,7 @@ def mixed_conv_dgrad(
     for block in blocks:
         inputs, rows = block.part_of(in_group), block.all_of(out_group)
         weight = panel(rows, block.within, memory_format=memory_format)
-        for some in _images(batch, (inputs.stop - inputs.start) * dx[0, 0].numel(), dx):
+        for some in _images(batch, (inputs.stop - inputs.start) * math.prod(spatial), dx):
             dx[some, inputs] = convolve(dy[some, rows], weight, block.count)
     return dx
 
@@ -367,9 +367,10 @@ def mixed_conv_wgrad(
     elif needs_product:
         for block in blocks:
             rows, inputs = block.part_of(out_group), block.all_of(in_group)
-            total: Any = 0
-            for some in _images(x.shape[0], (rows.stop - rows.start) * dy[0, 0].numel(), dy):
-                total = product(dy[some, rows], x[some, inputs], rows, block.count).to(gradients.compute) + total
+            images = _images(x.shape[0], (rows.stop - rows.start) * math.prod(dy.shape[2:]), dy)
+            total: Any = sum(
+                product(dy[some, rows], x[some, inputs], rows, block.count).to(gradients.compute) for some in images
+            )
             gradients.finish(total, rows)
     return gradients.result()
 

@@ -1,0 +1,7 @@
+"""What users, and this package's own tests, check gradients and memory with."""
+
+from rl_kernels.testing.accuracy import Comparison, assert_as_accurate, compare
+from rl_kernels.testing.gradients import Report, check_gradients
+from rl_kernels.testing.memory import peak_memory
+
+__all__ = ["Comparison", "Report", "assert_as_accurate", "check_gradients", "compare", "peak_memory"]

@@ -1,0 +1,237 @@
+"""The one test body for all backends: a random case of any op, held against the float64 reference.
+
+A new backend is judged by registering it: ``tests/ops/test_property.py`` runs this body on every backend there is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import rl_kernels as rl
+from rl_kernels import _ops
+from rl_kernels import functional as F
+from rl_kernels._autograd import plain_torch
+from rl_kernels.testing import assert_as_accurate, compare
+
+ODD_SIZES = (1, 2, 3, 5, 8, 13, 26)
+LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "offset")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, with everything that can differ between calls."""
+
+    spatial: int
+    """0 for linear, else the convolution's dimensions."""
+    batch: tuple[int, ...]
+    size: tuple[int, ...]
+    channels: tuple[int, int]
+    """In and out, per group."""
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    sources: int = 2
+    granularity: str = "scalar"
+    biased: bool = True
+    dtype: torch.dtype = torch.float32
+    half_activation: bool = False
+    """Whether x is bfloat16 while the weights are float32, as under autocast."""
+    layouts: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
+    """Of x, of the weights and of dy."""
+    aliased: bool = False
+    """Whether all sources are one tensor."""
+    needs_x: bool = True
+    needs_coefficients: bool = True
+    needs_weights: tuple[bool, ...] = (True, True, True, True)
+    needs_biases: tuple[bool, ...] = (True, True, True, True)
+    seed: int = 0
+
+
+@st.composite
+def cases(draw: Any, spatial: int) -> Case:
+    """Any case of one kind of layer."""
+    size = st.sampled_from(ODD_SIZES)
+    sources = draw(st.integers(1, 4))
+    common = {
+        "spatial": spatial,
+        "channels": (draw(size), draw(size)),
+        "sources": sources,
+        "granularity": draw(st.sampled_from(("scalar", "channel"))),
+        "biased": draw(st.booleans()),
+        "dtype": draw(st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))),
+        # Only dy is ever expanded: errors on copies of one value are one error, and an RMS over them means nothing.
+        "layouts": tuple(draw(st.sampled_from(names)) for names in (LAYOUTS, LAYOUTS, (*LAYOUTS, "expanded"))),
+        "aliased": draw(st.integers(0, 9)) == 0,
+        "needs_x": draw(st.booleans()),
+        "needs_coefficients": draw(st.booleans()),
+        "needs_weights": tuple(draw(st.lists(st.booleans(), min_size=4, max_size=4))),
+        "needs_biases": tuple(draw(st.lists(st.booleans(), min_size=4, max_size=4))),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+    if common["dtype"] == torch.float32:
+        common["half_activation"] = draw(st.integers(0, 3)) == 0
+    if spatial == 0:
+        batch = draw(st.sampled_from(((), (1,), (0,), (7,), (26,), (3, 5), (2, 0, 3), (2, 3, 4))))
+        return Case(batch=batch, size=(), **common)
+    small = st.integers(1, 3)
+    kernel = tuple(draw(small) for _ in range(spatial))
+    dilation = tuple(draw(st.integers(1, 2)) for _ in range(spatial))
+    stride = tuple(draw(small) for _ in range(spatial))
+    padding: Any = tuple(draw(st.integers(0, 2)) for _ in range(spatial))
+    if draw(st.integers(0, 5)) == 0:
+        padding = draw(st.sampled_from(("same", "valid")))
+        stride = (1,) * spatial if padding == "same" else stride
+    extent = [dil * (k - 1) + 1 for dil, k in zip(dilation, kernel, strict=True)]
+    return Case(
+        batch=(draw(st.sampled_from((0, 1, 2, 3))),) if draw(st.integers(0, 7)) else (),
+        size=tuple(e + draw(st.integers(0, 5 if spatial < 3 else 2)) for e in extent),
+        groups=draw(st.sampled_from((1, 1, 2, 3))),
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        **common,
+    )
+
+
+def laid_out(value: Tensor, layout: str) -> Tensor:
+    """``value`` with other strides (and, for "expanded", other contents), where its shape allows."""
+    if layout == "channels_last" and value.dim() in (4, 5):
+        return value.to(memory_format=torch.channels_last if value.dim() == 4 else torch.channels_last_3d)
+    if layout == "transposed" and value.dim() >= 2:
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "sliced" and value.dim() >= 1:
+        wide = torch.full((*value.shape[:-1], 2 * value.shape[-1] + 1), torch.nan, dtype=value.dtype)
+        wide[..., 1::2] = value
+        return wide[..., 1::2]
+    if layout == "offset":
+        flat = torch.full((value.numel() + 3,), torch.nan, dtype=value.dtype)
+        flat[3:] = value.reshape(-1)
+        return flat[3:].view(value.shape)
+    if layout == "expanded" and value.dim() >= 1 and value.numel():
+        return value[..., :1].expand_as(value) if value.shape[-1] else value
+    return value
+
+
+@dataclass
+class Tensors:
+    """The arguments of a case, and a cotangent for its output."""
+
+    x: Tensor
+    weights: list[Tensor]
+    coefficients: Tensor
+    biases: list[Tensor] | None
+    dy: Tensor
+
+
+def make(case: Case) -> Tensors:
+    """Random tensors for ``case``, on the CPU."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    within, out_group = case.channels
+    out = out_group * case.groups
+    x_dtype = torch.bfloat16 if case.half_activation else case.dtype
+    x_shape = (*case.batch, within) if case.spatial == 0 else (*case.batch, within * case.groups, *case.size)
+    scale = 1 / math.sqrt(within * math.prod(case.kernel))
+    x = laid_out(random(*x_shape).to(x_dtype), case.layouts[0])
+    weights = [
+        laid_out((scale * random(out, within, *case.kernel)).to(case.dtype), case.layouts[1])
+        for _ in range(case.sources)
+    ]
+    if case.aliased:
+        weights = [weights[0]] * case.sources
+    biases = [random(out).to(case.dtype) for _ in range(case.sources)] if case.biased else None
+    mixing = torch.float64 if case.dtype == torch.float64 else torch.float32
+    shape = (case.sources,) if case.granularity == "scalar" else (case.sources, out)
+    coefficients = random(*shape).to(mixing)
+    with torch.no_grad(), rl.use_backend("reference"):
+        y = call(case, x, weights, coefficients, biases)
+    return Tensors(x, weights, coefficients, biases, laid_out(random(*y.shape).to(y.dtype), case.layouts[2]))
+
+
+def call(case: Case, x: Tensor, weights: Any, coefficients: Tensor, biases: Any) -> Tensor:
+    """The functional call of ``case``."""
+    if case.spatial == 0:
+        return F.mixed_linear(x, weights, coefficients, biases)
+    convolution = (F.mixed_conv1d, F.mixed_conv2d, F.mixed_conv3d)[case.spatial - 1]
+    return convolution(x, weights, coefficients, biases, case.stride, case.padding, case.dilation, case.groups)
+
+
+def run(case: Case, tensors: Tensors, convert: Any = lambda t: t) -> dict[str, Tensor]:
+    """Output and gradients by name. ``convert`` is applied to every argument first."""
+
+    def leaf(value: Tensor, needed: bool) -> Tensor:
+        return convert(value).detach().requires_grad_(needed)
+
+    x = leaf(tensors.x, case.needs_x)
+    weights = [leaf(w, n) for w, n in zip(tensors.weights, case.needs_weights, strict=False)]
+    if case.aliased:
+        weights = [weights[0]] * case.sources
+    coefficients = leaf(tensors.coefficients, case.needs_coefficients)
+    biases = None
+    if tensors.biases is not None:
+        biases = [leaf(b, n) for b, n in zip(tensors.biases, case.needs_biases, strict=False)]
+    y = call(case, x, weights, coefficients, biases)
+    found = {"y": y.detach()}
+    named = {"dx": x, "dcoefficients": coefficients}
+    named |= {f"dweights[{j}]": w for j, w in enumerate(weights)}
+    named |= {f"dbiases[{j}]": b for j, b in enumerate(biases or ())}
+    wanted = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+    assert y.requires_grad == bool(wanted)
+    if wanted:
+        gradients = torch.autograd.grad(y, list(wanted.values()), convert(tensors.dy))
+        for (name, tensor), gradient in zip(wanted.items(), gradients, strict=True):
+            assert gradient.shape == tensor.shape and gradient.dtype == tensor.dtype, name
+        found |= dict(zip(wanted, gradients, strict=True))
+    return found
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, torch fills every fresh allocation with NaN: what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def check(case: Case, backend: str, device: str = "cpu") -> None:
+    """Hold one backend against the float64 reference: values, every gradient asked for, layout, determinism."""
+    tensors = make(case)
+
+    def place(value: Tensor) -> Tensor:
+        return value.to(device)
+
+    with rl.use_backend(backend), poisoned():
+        found = run(case, tensors, place)
+        again = run(case, tensors, place)
+    for name, value in found.items():
+        assert torch.equal(value.nan_to_num(), again[name].nan_to_num()), f"{name}: two runs differ in their bits"
+    with plain_torch():
+        plain = run(case, tensors, place)
+    with rl.use_backend("reference"):
+        truth = run(case, tensors, lambda value: value.double())
+        # Every output is multilinear: on squared arguments it sums the squares of the products that it sums here.
+        squares = run(case, tensors, lambda value: value.double().square())
+    spread = {name: value.sqrt() for name, value in squares.items()}
+    assert_as_accurate(compare(found, plain, truth, spread), f"{backend}: {case}")
+    if case.spatial and case.batch and found["y"].numel():
+        expected = _ops.conv_memory_format(tensors.x, tensors.weights)
+        assert found["y"].is_contiguous(memory_format=expected), f"y has strides {found['y'].stride()}, not {expected}"

@@ -1,0 +1,97 @@
+"""What the project's own files promise to installers and tools."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import rl_kernels as rl
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+# The oldest and the newest Python that the classifiers name.
+PYTHONS = ("3.10", "3.13")
+
+
+def constraints(python: str) -> dict[str, str]:
+    """The pinned versions that apply to one version of Python, by canonical name."""
+    pins: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        environment = {"python_version": python, "python_full_version": python + ".0"}
+        if requirement.marker is not None and not requirement.marker.evaluate(environment):
+            continue
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", line
+        name = canonicalize_name(requirement.name)
+        assert name not in pins, f"{name} is pinned twice for Python {python}"
+        pins[name] = specifier.version
+    return pins
+
+
+def required(requirements: list[str]) -> list[Requirement]:
+    return [r for r in map(Requirement, requirements) if canonicalize_name(r.name) != "rl-kernels"]
+
+
+def test_nothing_that_is_installed_names_torch():
+    assert PROJECT["build-system"]["requires"] == ["setuptools>=77"]
+    named = [PROJECT["project"]["dependencies"], *EXTRAS.values()]
+    assert "torch" not in {canonicalize_name(r.name) for group in named for r in required(group)}
+    assert "torch" not in {Requirement(r).name for r in metadata.requires("rl_kernels") or []}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_is_pinned_to_a_version_it_admits(python):
+    pins = constraints(python)
+    assert pins["torch"] == "2.13.0"
+    for group in (PROJECT["build-system"]["requires"], PROJECT["project"]["dependencies"], *EXTRAS.values()):
+        for requirement in required(group):
+            version = pins[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), f"{requirement} does not admit {version}"
+
+
+def test_the_version_is_the_same_everywhere():
+    assert rl.__version__ == PROJECT["project"]["version"] == metadata.version("rl_kernels")
+
+
+def test_the_package_says_that_it_is_typed():
+    assert resources.files(rl).joinpath("py.typed").is_file()
+
+
+def test_pre_commit_uses_the_pinned_versions():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    pins = constraints(PYTHONS[0])
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert hooks
+    for hook in hooks:
+        for pinned in hook["additional_dependencies"]:
+            name, version = pinned.split("==")
+            assert pins[canonicalize_name(name)] == version, hook["id"]
+
+
+def test_the_licence_is_the_one_declared():
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_documented_make_targets_exist(document):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / document).read_text(), re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
