@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from importlib import metadata, resources
 from pathlib import Path
@@ -67,6 +68,13 @@ def test_every_requirement_is_pinned_to_a_version_it_admits(python):
 
 def test_the_version_is_the_same_everywhere():
     assert rl.__version__ == PROJECT["project"]["version"] == metadata.version("rl_kernels")
+
+
+def test_a_missing_torch_is_named_and_not_installed():
+    program = "import sys; sys.modules['torch'] = None; import rl_kernels"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert re.search("^ImportError: rl_kernels needs PyTorch", found.stderr, re.MULTILINE), found.stderr
 
 
 def test_the_package_says_that_it_is_typed():

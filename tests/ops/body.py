@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rl_kernels as rl
-from rl_kernels import _ops
 from rl_kernels import functional as F
 from rl_kernels._autograd import plain_torch
 from rl_kernels.testing import assert_as_accurate, compare
@@ -226,12 +225,23 @@ def check(case: Case, backend: str, device: str = "cpu") -> None:
         assert torch.equal(value.nan_to_num(), again[name].nan_to_num()), f"{name}: two runs differ in their bits"
     with plain_torch():
         plain = run(case, tensors, place)
-    with rl.use_backend("reference"):
+        # In float64 through aten's own gradients, which share nothing with ours.
         truth = run(case, tensors, lambda value: value.double())
         # Every output is multilinear: on squared arguments it sums the squares of the products that it sums here.
         squares = run(case, tensors, lambda value: value.double().square())
     spread = {name: value.sqrt() for name, value in squares.items()}
     assert_as_accurate(compare(found, plain, truth, spread), f"{backend}: {case}")
-    if case.spatial and case.batch and found["y"].numel():
-        expected = _ops.conv_memory_format(tensors.x, tensors.weights)
-        assert found["y"].is_contiguous(memory_format=expected), f"y has strides {found['y'].stride()}, not {expected}"
+    # A filter that is both contiguous and channels_last (sizes of 1) loses its strides in plain torch's mix; and in
+    # three dimensions torch keeps channels_last on some devices and dtypes only.
+    unclear = case.layouts[1] == "channels_last" and tensors.weights[0].is_contiguous()
+    if case.spatial in (0, 2) and set(case.layouts[:2]) <= {"contiguous", "channels_last"} and not unclear:
+        assert _strides(found["y"]) == _strides(plain["y"]), (
+            f"y: strides {found['y'].stride()}, not {plain['y'].stride()} as torch's"
+        )
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that mean something."""
+    if tensor.numel() == 0:
+        return []
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
