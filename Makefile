@@ -1,0 +1,62 @@
+# Everything runs in $(VENV), which the first target that needs it makes: `make demo` and `make test` work on a machine
+# that has Python, pip and make. Versions are those of constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+TYPED := rl_kernels $(wildcard benchmarks)
+
+# Two workers of one thread each: with torch's own threads on top they would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help demo test test-slow test-integration lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## train the demo's networks (DEMO_ARGS=--quick for a first look)
+	$(BIN)/python -m rl_kernels demo $(DEMO_ARGS)
+
+test: $(VENV)/.test ## run the test suite (PYTEST_ARGS is passed on)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test ## run the tests that take longer than a minute
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-integration: $(VENV)/.integration ## run the tests on torchvision, timm and transformers models
+	$(PYTEST) -m integration tests/integration $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## check style, types and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(TYPED)
+	$(if $(NATIVE),$(BIN)/clang-format --dry-run -Werror $(NATIVE))
+
+format: $(VENV)/.dev ## format the sources and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output
+	find rl_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp a step, so that a second call does nothing and an interrupted one goes on.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch setuptools wheel
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.integration $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# mypy reads the annotations of what the demo imports.
+$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.integration: $(VENV)/.test

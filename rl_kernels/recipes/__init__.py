@@ -1,0 +1,1 @@
+"""Systems trained with Replacement Learning, on data that needs no download."""
