@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as aten
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -76,7 +77,8 @@ LINEAR = Family(
 )
 CONV = Family(_ops.mixed_conv, _ops.mixed_conv_dgrad, _ops.mixed_conv_wgrad, _conv_composite, 1, True)
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, FakeTensor)
+# Tracers wrap every tensor in one of the last two, and see the registered ops.
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 # Private names of torch, absent from some versions: without them the transform in question cannot be active.
 _functorch_is_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
@@ -109,7 +111,7 @@ def _is_observed(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or tensor.is_meta
-        or type(tensor) is FakeTensor
+        or type(tensor) in (FakeTensor, FunctionalTensor)
         or _dispatch_stack_depth() > 0
         or torch.jit.is_tracing()
     )

@@ -18,12 +18,17 @@ from rl_kernels._recipe import accumulate_dtype, broadcast_coefficient, mix
 def mixed_linear(
     x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None
 ) -> Tensor:
+    out_features, in_features = weights[0].shape
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
-    return aten.linear(x, mix(weights, coefficients, x.dtype), bias).contiguous()
+    # Two dimensions: torch chooses among products for more by what requires a gradient, and rounds differently.
+    y = aten.linear(x.reshape(-1, in_features), mix(weights, coefficients, x.dtype), bias)
+    return y.reshape(*x.shape[:-1], out_features)
 
 
 def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    return (dy @ mix(weights, coefficients, dy.dtype)).contiguous()
+    out_features, in_features = weights[0].shape
+    dx = dy.reshape(-1, out_features) @ mix(weights, coefficients, dy.dtype)
+    return dx.reshape(*dy.shape[:-1], in_features)
 
 
 def mixed_linear_wgrad(

@@ -12,9 +12,10 @@ G into that source's own buffer, and one pass over panels finishes every gradien
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -339,9 +340,10 @@ def mixed_conv_wgrad(
     out_group = out_channels // groups
     memory_format = _ops.conv_memory_format(x, weights)
     masks = (weights_mask, coefficients_mask, biases_mask)
-    needs_product = coefficients_mask or any(weights_mask)
-    elements = _most_elements(x)
-    blocks = _channel_blocks(groups, out_group, weights[0][:1].numel(), elements)
+    gradients = _Gradients(None, memory_format, weights, coefficients, biases, *masks)
+    gradients.add_biases(dy.movedim(1, 0).flatten(1))
+    if not gradients.needs_product:
+        return gradients.result()
 
     def product(dy: Tensor, x: Tensor, rows: slice, groups: int) -> Tensor:
         # Only its shape and layout are read.
@@ -353,25 +355,22 @@ def mixed_conv_wgrad(
         _, g, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
         )
-        return g.contiguous(memory_format=memory_format)
+        return g
 
-    everything = slice(0, out_channels)
-    g = product(dy, x, everything, groups) if any(weights_mask) and x.dtype == weights[0].dtype else None
-    gradients = _Gradients(g, memory_format, weights, coefficients, biases, *masks)
-    gradients.add_biases(dy.movedim(1, 0).flatten(1))
-    if g is not None:
-        for rows in _blocks(out_channels, elements // max(weights[0][:1].numel(), 1)):
-            gradients.finish(g[rows], rows)
-    elif needs_product and len(blocks) == 1:
-        gradients.finish(product(dy, x, everything, groups), everything)
-    elif needs_product:
-        for block in blocks:
-            rows, inputs = block.part_of(out_group), block.all_of(in_group)
+    # G in blocks, and never written into a gradient's buffer as a linear layer's is: the vendor would reorder the
+    # whole of it on the way.
+    filter_elements = weights[0][:1].numel()
+    blocks = _channel_blocks(groups, out_group, filter_elements, workspace_bytes(x.device) // 4 // x.element_size())
+    for block in blocks:
+        rows, inputs = block.part_of(out_group), block.all_of(in_group)
+        if len(blocks) == 1:
+            g = product(dy, x, rows, groups)
+        else:
             images = _images(x.shape[0], (rows.stop - rows.start) * math.prod(dy.shape[2:]), dy)
-            total: Any = sum(
-                product(dy[some, rows], x[some, inputs], rows, block.count).to(gradients.compute) for some in images
-            )
-            gradients.finish(total, rows)
+            parts = (product(dy[some, rows], x[some, inputs], rows, block.count) for some in images)
+            g = functools.reduce(lambda total, part: total.to(gradients.compute).add_(part), parts)
+        for some in _blocks(rows.stop - rows.start, _linear_panel(x) // max(filter_elements, 1)):
+            gradients.finish(g[some], slice(rows.start + some.start, rows.start + some.stop))
     return gradients.result()
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 LIMIT = 2.0
 """How many times plain torch's error is allowed."""
 
-_ROUNDING = {torch.float64: 1.0, torch.float32: 1.0, torch.bfloat16: 0.3, torch.float16: 0.3}
+_ROUNDING = {torch.float64: 8.0, torch.float32: 1.0, torch.bfloat16: 0.3, torch.float16: 0.3}
 """RMS error of a product, in eps: one rounding makes 0.29. Half precision rounds once; the others at every step of the
-mix, of the product and of its sum."""
+mix, of the product and of its sum; and float64 is held against a truth that is rounded as it is."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,11 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from one seed, on one thread's worth of work a worker."""
+    torch.manual_seed(0)
+    yield

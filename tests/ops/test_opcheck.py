@@ -1,0 +1,63 @@
+"""torch's own checks of a registered op: schema, autograd registration, fake tensors (strides too), AOT dispatch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import rl_kernels as rl
+from rl_kernels import _ops
+from rl_kernels.backends import registered
+from tests.ops.test_gradcheck import CONVOLUTIONS
+
+BACKENDS = [backend.name for backend in registered()]
+LAYOUTS = ("contiguous", "channels_last")
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
+    value = torch.randn(shape, dtype=torch.float32).to(dtype)
+    if layout == "channels_last" and value.dim() in (4, 5):
+        value = value.to(memory_format=torch.channels_last if value.dim() == 4 else torch.channels_last_3d)
+    return value.requires_grad_()
+
+
+def recipe(n: int, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> Any:
+    weights = [random(shape, dtype, layout) for _ in range(n)]
+    return weights, random((n,), torch.float32), [random(shape[:1], dtype) for _ in range(n)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 3])
+def test_linear(n: int, dtype: torch.dtype, backend: str) -> None:
+    weights, coefficients, biases = recipe(n, (5, 7), dtype)
+    x, dy = random((2, 3, 7), dtype), random((2, 3, 5), dtype)
+    with rl.use_backend(backend):
+        opcheck(_ops.mixed_linear, (x, weights, coefficients, biases))
+        opcheck(_ops.mixed_linear, (x, weights, coefficients, None))
+        opcheck(_ops.mixed_linear_dgrad, (dy, weights, coefficients))
+        opcheck(_ops.mixed_linear_wgrad, (dy, x, weights, coefficients, biases, [True] * n, True, [True] * n))
+        opcheck(_ops.mixed_linear_wgrad, (dy, x, weights, coefficients, None, [False] * n, True, []))
+        opcheck(_ops.mixed_linear_wgrad, (dy, x, weights, coefficients, None, [True] * n, False, []))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layouts", [(x, w) for x in LAYOUTS for w in LAYOUTS], ids="-".join)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv(name: str, layouts: tuple[str, str], backend: str) -> None:
+    inside, outside, size, kernel, stride, padding, dilation, groups = CONVOLUTIONS[name]
+    if layouts != ("contiguous", "contiguous") and backend == "reference":
+        pytest.skip("layouts are checked on the other backends")
+    if len(size) == 1 and layouts != ("contiguous", "contiguous"):
+        pytest.skip("a one-dimensional convolution has no channels_last")
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    weights, coefficients, biases = recipe(2, (outside * groups, inside, *kernel), torch.float32, layouts[1])
+    x = random((2, inside * groups, *size), torch.float32, layouts[0])
+    with rl.use_backend(backend):
+        dy = torch.randn_like(_ops.mixed_conv(x, weights, coefficients, biases, *geometry)).requires_grad_()
+        opcheck(_ops.mixed_conv, (x, weights, coefficients, biases, *geometry))
+        opcheck(_ops.mixed_conv_dgrad, (dy, weights, coefficients, list(x.shape), *geometry))
+        for masks in (([True, True], True, [True, False]), ([False, True], False, [False, False])):
+            opcheck(_ops.mixed_conv_wgrad, (dy, x, weights, coefficients, biases, *masks, *geometry))
