@@ -17,6 +17,7 @@ in its place, and is not computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -323,7 +324,12 @@ def conv_memory_format(activation: Tensor, weights: Sequence[Tensor]) -> torch.m
     return torch.contiguous_format
 
 
-# Fakes.
+# Shapes that implementations share.
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """``(*, features)`` as ``(rows, features)``; also where there are no elements, and -1 would be ambiguous."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def empty_gradients(
@@ -346,6 +352,9 @@ def empty_gradients(
             for bias, wanted in zip(biases or (), biases_mask, strict=True)
         ],
     )
+
+
+# Fakes.
 
 
 def _fake_linear(x: Tensor, weights: list[Tensor], coefficients: Tensor, biases: list[Tensor] | None) -> Tensor:
@@ -420,10 +429,7 @@ mixed_conv_wgrad = torch.ops.rl_kernels.mixed_conv_wgrad.default
 
 
 def _linear_flops(activation: Sequence[int], weight: Sequence[int]) -> int:
-    rows = 1
-    for size in activation[:-1]:
-        rows *= size
-    return 2 * rows * weight[0] * weight[1]
+    return 2 * math.prod(activation[:-1]) * weight[0] * weight[1]
 
 
 def _needs_product(weights_mask: Sequence[bool], coefficients_mask: bool) -> bool:

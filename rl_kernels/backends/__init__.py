@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from rl_kernels import _ops
-from rl_kernels.backends import reference, streamed
-from rl_kernels.backends.selection import AUTO, Backend, Case, choose, kernel, register, registered, requested
+from rl_kernels.backends import reference, selection, streamed
+from rl_kernels.backends.selection import AUTO, Backend, Case, choose, register, registered, requested
 
-selection_order = ("streamed", "reference")
+__all__ = ["Backend", "Case", "Service", "Services", "backends", "register", "registered"]
 
 
 def _kernels(module: Any) -> dict[str, Callable[..., Any]]:
@@ -34,7 +34,7 @@ def _implement(op: str) -> None:
 
     def run(activation: torch.Tensor, *arguments: Any) -> Any:
         check(activation, *arguments)
-        return kernel(op, activation)(activation, *arguments)
+        return selection.kernel(op, activation)(activation, *arguments)
 
     _ops.LIBRARY.impl(op, run, "CompositeExplicitAutograd")
 

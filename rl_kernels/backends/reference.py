@@ -18,17 +18,14 @@ from rl_kernels._recipe import accumulate_dtype, broadcast_coefficient, mix
 def mixed_linear(
     x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None
 ) -> Tensor:
-    out_features, in_features = weights[0].shape
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
-    # Two dimensions: torch chooses among products for more by what requires a gradient, and rounds differently.
-    y = aten.linear(x.reshape(-1, in_features), mix(weights, coefficients, x.dtype), bias)
-    return y.reshape(*x.shape[:-1], out_features)
+    y = aten.linear(_ops.as_rows(x), mix(weights, coefficients, x.dtype), bias)
+    return y.reshape(*x.shape[:-1], weights[0].shape[0])
 
 
 def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    out_features, in_features = weights[0].shape
-    dx = dy.reshape(-1, out_features) @ mix(weights, coefficients, dy.dtype)
-    return dx.reshape(*dy.shape[:-1], in_features)
+    dx = _ops.as_rows(dy) @ mix(weights, coefficients, dy.dtype)
+    return dx.reshape(*dy.shape[:-1], weights[0].shape[1])
 
 
 def mixed_linear_wgrad(
@@ -41,8 +38,7 @@ def mixed_linear_wgrad(
     coefficients_mask: bool,
     biases_mask: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    out_features, in_features = weights[0].shape
-    dy, x = dy.reshape(-1, out_features), x.reshape(-1, in_features)
+    dy, x = _ops.as_rows(dy), _ops.as_rows(x)
     compute = accumulate_dtype(weights[0].dtype)
     g = dy.t().to(compute) @ x.to(compute)
     masks = (weights_mask, coefficients_mask, biases_mask)

@@ -102,7 +102,7 @@ def mixed_linear(
     y = x.new_empty(*x.shape[:-1], out_features)
     if y.numel() == 0:
         return y
-    rows_x, rows_y = x.reshape(-1, in_features), y.view(-1, out_features)
+    rows_x, rows_y = _ops.as_rows(x), _ops.as_rows(y)
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
     elements = _linear_panel(x)
     columns = min(in_features, elements)
@@ -128,7 +128,7 @@ def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tens
     dx = dy.new_empty(*dy.shape[:-1], in_features)
     if dx.numel() == 0:
         return dx
-    rows_dy, rows_dx = dy.reshape(-1, out_features), dx.view(-1, in_features)
+    rows_dy, rows_dx = _ops.as_rows(dy), _ops.as_rows(dx)
     elements = _linear_panel(dy)
     columns = min(in_features, max(elements // max(out_features, 1), _SHORTEST_RUN[dy.dtype]))
     panel = _Mixer(weights, coefficients, dy.dtype, elements)
@@ -156,7 +156,7 @@ def mixed_linear_wgrad(
     biases_mask: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     out_features, in_features = weights[0].shape
-    transposed_dy, x = dy.reshape(-1, out_features).t(), x.reshape(-1, in_features)
+    transposed_dy, x = _ops.as_rows(dy).t(), _ops.as_rows(x)
     masks = (weights_mask, coefficients_mask, biases_mask)
     g = torch.mm(transposed_dy, x) if any(weights_mask) and x.dtype == weights[0].dtype else None
     gradients = _Gradients(g, torch.contiguous_format, weights, coefficients, biases, *masks)

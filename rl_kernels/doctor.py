@@ -1,0 +1,129 @@
+"""``python -m rl_kernels doctor``: is this installation sound, and what serves what."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from rl_kernels._machine import machine, versions
+from rl_kernels.backends import Case, backends, registered
+from rl_kernels.backends.selection import requested, use_backend
+from rl_kernels.nn import ReplacementConv2d, ReplacementLinear
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step on one backend and device.
+
+    Attributes:
+        backend: its name.
+        device: its type.
+        verdict: ``"passed"``, ``"failed"`` or ``"skipped"``.
+        detail: the loss and the time, or what went wrong.
+    """
+
+    backend: str
+    device: str
+    verdict: str
+    detail: str
+
+
+def training_step(backend: str, device: str) -> Step:
+    """Train a small network with a replaced convolution and a replaced linear layer for one step."""
+    for op in ("mixed_linear", "mixed_conv"):
+        case = Case(op, device, torch.float32)
+        reason = next(found.why_not(case) for found in registered() if found.name == backend)
+        if reason is not None:
+            return Step(backend, device, "skipped", reason)
+    try:
+        return _train(backend, device)
+    except Exception as error:  # Whatever breaks is what the doctor is asked to find.
+        return Step(backend, device, "failed", f"{type(error).__name__}: {error}")
+
+
+def _train(backend: str, device: str) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    convolutions = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)]
+    linears = [nn.Linear(128, 128) for _ in range(2)]
+    model = nn.Sequential(
+        convolutions[0],
+        ReplacementConv2d.from_neighbours(*convolutions),
+        nn.ReLU(),
+        convolutions[1],
+        nn.Flatten(),
+        linears[0],
+        ReplacementLinear.from_neighbours(*linears),
+        nn.ReLU(),
+        linears[1],
+    ).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x, target = (torch.randn(shape, generator=generator).to(device) for shape in ((16, 8, 4, 4), (16, 128)))
+    losses = []
+    start = time.perf_counter()
+    with use_backend(backend):
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = (model(x) - target).square().mean()
+            loss.backward()
+            missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+            if missing:
+                return Step(backend, device, "failed", f"no finite gradient for {', '.join(missing)}")
+            optimizer.step()
+            losses.append(loss.item())
+    elapsed = time.perf_counter() - start
+    if not (math.isfinite(losses[1]) and losses[1] < losses[0]):
+        return Step(backend, device, "failed", f"the loss went from {losses[0]:.4f} to {losses[1]:.4f}")
+    return Step(backend, device, "passed", f"loss {losses[0]:.4f} to {losses[1]:.4f} in {1e3 * elapsed:.0f} ms")
+
+
+def diagnose(console: Console) -> bool:
+    """Print the whole report; return whether every step passed."""
+    about = Table("what", "found", title="Installation", title_justify="left")
+    for name, version in versions("triton", "numpy", "torchvision", "timm", "transformers").items():
+        about.add_row(name, version)
+    for name, value in machine().items():
+        about.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
+    about.add_row("backend asked for", requested())
+    console.print(about)
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        for dtype in DTYPES:
+            served = Table("op", "backend", "why", title=f"What serves what: {device}, {dtype}", title_justify="left")
+            for service in backends(device, dtype):
+                style = "bold" if service.serves else "dim"
+                served.add_row(service.case.op, service.backend, service.reason, style=style)
+            console.print(served)
+
+    steps = [training_step(backend.name, device) for device in devices for backend in registered()]
+    trained = Table("backend", "device", "result", "detail", title="One training step a backend", title_justify="left")
+    for step in steps:
+        style = {"passed": "green", "failed": "bold red", "skipped": "dim"}[step.verdict]
+        trained.add_row(step.backend, step.device, step.verdict, step.detail, style=style)
+    console.print(trained)
+    return all(step.verdict != "failed" for step in steps) and any(step.verdict == "passed" for step in steps)
+
+
+@click.command("doctor")
+def doctor_command() -> None:
+    """Check this installation: versions, devices, what serves what, and one training step on every backend.
+
+    The exit status is 1 if a step fails.
+    """
+    try:
+        sound = diagnose(Console())
+    except (RuntimeError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    if not sound:
+        click.echo("Something is broken: see the failed steps above.", err=True)
+        sys.exit(1)
