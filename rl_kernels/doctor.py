@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import click
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from rl_kernels._machine import machine, versions
+from rl_kernels._tables import simple_table
 from rl_kernels.backends import Case, backends, registered
 from rl_kernels.backends.selection import requested, use_backend
 from rl_kernels.nn import ReplacementConv2d, ReplacementLinear
@@ -88,7 +88,7 @@ def _train(backend: str, device: str) -> Step:
 
 def diagnose(console: Console) -> bool:
     """Print the whole report; return whether every step passed."""
-    about = Table("what", "found", title="Installation", title_justify="left")
+    about = simple_table("Installation", "what", "found")
     for name, version in versions("triton", "numpy", "torchvision", "timm", "transformers").items():
         about.add_row(name, version)
     for name, value in machine().items():
@@ -99,14 +99,14 @@ def diagnose(console: Console) -> bool:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         for dtype in DTYPES:
-            served = Table("op", "backend", "why", title=f"What serves what: {device}, {dtype}", title_justify="left")
+            served = simple_table(f"What serves what: {device}, {dtype}", "op", "backend", "why")
             for service in backends(device, dtype):
                 style = "bold" if service.serves else "dim"
                 served.add_row(service.case.op, service.backend, service.reason, style=style)
             console.print(served)
 
     steps = [training_step(backend.name, device) for device in devices for backend in registered()]
-    trained = Table("backend", "device", "result", "detail", title="One training step a backend", title_justify="left")
+    trained = simple_table("One training step a backend", "backend", "device", "result", "detail")
     for step in steps:
         style = {"passed": "green", "failed": "bold red", "skipped": "dim"}[step.verdict]
         trained.add_row(step.backend, step.device, step.verdict, step.detail, style=style)

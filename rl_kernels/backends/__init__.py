@@ -66,14 +66,14 @@ class Services(tuple[Service, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        header = ("op", "device", "dtype", "backend", "serves", "why")
-        rows = [
-            (s.case.op, s.case.device, str(s.case.dtype).removeprefix("torch."), s.backend, "yes" if s.serves else "no", s.reason)
-            for s in self
-        ]
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = [header, tuple("-" * width for width in widths), *rows]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+        from rl_kernels._tables import as_text, simple_table
+
+        table = simple_table("", "op", "device", "dtype", "backend", "serves", "why")
+        for service in self:
+            case, serves = service.case, "yes" if service.serves else "no"
+            dtype = str(case.dtype).removeprefix("torch.")
+            table.add_row(case.op, case.device, dtype, service.backend, serves, service.reason)
+        return as_text(table)
 
 
 def backends(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Services:

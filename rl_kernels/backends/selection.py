@@ -67,13 +67,17 @@ def registered() -> tuple[Backend, ...]:
 
 
 def requested() -> str:
-    """The backend asked for by ``use_backend``, else by ``RL_KERNELS_BACKEND``, else ``"auto"``."""
-    return _forced or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    """The backend asked for by ``use_backend``, else by ``RL_KERNELS_BACKEND``, else ``"auto"``.
+
+    Raises:
+        ValueError: the environment variable names none.
+    """
+    return _forced or _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
 
 
-def _known(name: str) -> str:
+def _known(name: str, source: str = "backend") -> str:
     if name != AUTO and name not in _backends:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join((AUTO, *_backends))}")
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join((AUTO, *_backends))}")
     return name
 
 
@@ -125,6 +129,6 @@ def kernel(op: str, activation: torch.Tensor) -> Callable[..., Any]:
     name = requested()
     found = _chosen.get((case, name))
     if found is None:
-        found = choose(case, registered(), _known(name)).kernels[op]
+        found = choose(case, registered(), name).kernels[op]
         _chosen[case, name] = found
     return found

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 import rl_kernels as rl
 from rl_kernels import nn as rnn
@@ -71,7 +72,7 @@ def test_a_wrong_formula_fails_gradcheck() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return Wrong.apply(self.inner(x))
 
-    with pytest.raises(torch.autograd.gradcheck.GradcheckError):
+    with pytest.raises(GradcheckError):
         check_gradients(Layer(), torch.randn(5, 13), verbose=False)
 
 
