@@ -1,12 +1,26 @@
 """Replacement Learning kernels: layers that run on a mix of their neighbours' weights, which is never stored."""
 
 try:
-    import torch as _torch
+    import torch as _torch  # noqa: F401
 except ImportError as error:
-    raise ImportError("rl_kernels needs PyTorch, and never installs it: install the torch build for your machine") from error
+    raise ImportError(
+        "rl_kernels needs PyTorch, and never installs it: install the torch build for your machine"
+    ) from error
 
-from rl_kernels import functional
+from rl_kernels import functional, nn
 from rl_kernels.backends import backends
 from rl_kernels.backends.selection import use_backend
+from rl_kernels.conversion import Plan, load_plain_state_dict, merge, plan, replace
 
 __version__ = "0.1.0"
+__all__ = [
+    "functional",
+    "nn",
+    "plan",
+    "replace",
+    "merge",
+    "load_plain_state_dict",
+    "Plan",
+    "backends",
+    "use_backend",
+]

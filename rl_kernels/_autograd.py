@@ -72,9 +72,7 @@ def _conv_composite(
     return convolution(x, mix(weights, coefficients, x.dtype), bias, stride, padding, dilation, groups)
 
 
-LINEAR = Family(
-    _ops.mixed_linear, _ops.mixed_linear_dgrad, _ops.mixed_linear_wgrad, _linear_composite, -1, False
-)
+LINEAR = Family(_ops.mixed_linear, _ops.mixed_linear_dgrad, _ops.mixed_linear_wgrad, _linear_composite, -1, False)
 CONV = Family(_ops.mixed_conv, _ops.mixed_conv_dgrad, _ops.mixed_conv_wgrad, _conv_composite, 1, True)
 
 # Tracers wrap every tensor in one of the last two, and see the registered ops.
@@ -248,9 +246,7 @@ def _forward_gradients(
 ) -> tuple[Tensor | None, Gradients, Tensor | None, Gradients]:
     """Gradients of a forward. ``x`` may be None where neither the weights nor the coefficients need one."""
     if _is_batched(dy) or _is_legacy_batched(dy) or _needs_composite((dy,)):
-        return _composite_gradients(
-            family, dy, x, weights, coefficients, biases, input_size, needs_x, masks, geometry
-        )
+        return _composite_gradients(family, dy, x, weights, coefficients, biases, input_size, needs_x, masks, geometry)
     dx = _dgrad(family, dy, weights, coefficients, input_size, geometry) if needs_x else None
     if x is None:
         dweights: Gradients = [None] * len(weights)
@@ -403,7 +399,7 @@ def _bias_terms(
 
 class _Forward(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, family: Family, geometry: tuple[Any, ...], n: int, x: Tensor, coefficients: Tensor, *sources: Tensor
     ) -> Tensor:
         weights, biases = sources[:n], sources[n:] or None
@@ -415,7 +411,7 @@ class _Forward(Function):
             return family.forward(x, weights, coefficients, biases, *geometry)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
         x, coefficients, *sources = ctx.saved_tensors
         if dy is None:
             return (None,) * (5 + len(sources))
@@ -439,7 +435,7 @@ class _Forward(Function):
 
 class _Dgrad(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, family: Family, geometry: tuple[Any, ...], dy: Tensor, coefficients: Tensor, *weights: Tensor
     ) -> Tensor:
         ctx.save_for_backward(dy, coefficients, *weights)
@@ -448,7 +444,7 @@ class _Dgrad(Function):
             return family.dgrad(dy, weights, coefficients, *geometry)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         dy, coefficients, *weights = ctx.saved_tensors
         _, _, needs_dy, needs_coefficients, *needs_weights = ctx.needs_input_grad
         geometry = ctx.geometry[1:] if ctx.family.dgrad_takes_input_size else ctx.geometry
@@ -460,7 +456,7 @@ class _Dgrad(Function):
 
 class _Wgrad(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         family: Family,
         geometry: tuple[Any, ...],
@@ -480,7 +476,7 @@ class _Wgrad(Function):
         return (*dweights, dcoefficients, *dbiases)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         dy, x, coefficients, *sources = ctx.saved_tensors
         n = ctx.n
         _, _, _, _, needs_dy, needs_x, needs_coefficients, *needs_sources = ctx.needs_input_grad
@@ -558,7 +554,7 @@ def _register(family: Family) -> None:
         d_dy, d_x, d_weights, d_coefficients, d_biases = _wgrad_gradients(
             family, gradients, dy, x, weights, coefficients, biases, needs_dy, needs_x, masks, ctx.geometry
         )
-        by_masks = (None, None, None if ctx.has_biases else [])
+        by_masks: tuple[Any, ...] = (None, None, None if ctx.has_biases else [])
         rest = (None,) * len(ctx.geometry)
         return (
             d_dy,

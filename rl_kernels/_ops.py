@@ -121,7 +121,10 @@ def _check_input(name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _check_masks(
-    weights: Sequence[Tensor], biases: Sequence[Tensor] | None, weights_mask: Sequence[bool], biases_mask: Sequence[bool]
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    weights_mask: Sequence[bool],
+    biases_mask: Sequence[bool],
 ) -> None:
     if len(weights_mask) != len(weights):
         raise RuntimeError(f"weights_mask: got {len(weights_mask)} entries, expected {len(weights)}")
@@ -147,7 +150,9 @@ def check_mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients
     _check_input("dy", dy, weights[0])
     out_features = weights[0].shape[0]
     if dy.dim() == 0 or dy.shape[-1] != out_features:
-        raise RuntimeError(f"dy: got shape {_shape(dy)}, expected (*, {out_features}) for weights of {_shape(weights[0])}")
+        raise RuntimeError(
+            f"dy: got shape {_shape(dy)}, expected (*, {out_features}) for weights of {_shape(weights[0])}"
+        )
 
 
 def check_mixed_linear_wgrad(
@@ -347,10 +352,7 @@ def empty_gradients(
         torch.empty_like(coefficients, memory_format=torch.contiguous_format)
         if coefficients_mask
         else coefficients.new_empty(0),
-        [
-            bias.new_empty(bias.shape if wanted else 0)
-            for bias, wanted in zip(biases or (), biases_mask, strict=True)
-        ],
+        [bias.new_empty(bias.shape if wanted else 0) for bias, wanted in zip(biases or (), biases_mask, strict=True)],
     )
 
 
@@ -407,14 +409,16 @@ def _fake_conv_wgrad(
     )
 
 
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Any]] = {
     "mixed_linear": _fake_linear,
     "mixed_linear_dgrad": _fake_linear_dgrad,
     "mixed_linear_wgrad": _fake_linear_wgrad,
     "mixed_conv": _fake_conv,
     "mixed_conv_dgrad": _fake_conv_dgrad,
     "mixed_conv_wgrad": _fake_conv_wgrad,
-}.items():
+}
+
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"rl_kernels::{_name}", _fake, lib=LIBRARY)
 
 mixed_linear = torch.ops.rl_kernels.mixed_linear.default

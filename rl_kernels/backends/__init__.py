@@ -24,7 +24,9 @@ def _anything(case: Case) -> str | None:
 
 
 register(
-    Backend("streamed", "bounded panels of the mixed weight through the vendor's products", _kernels(streamed), _anything)
+    Backend(
+        "streamed", "bounded panels of the mixed weight through the vendor's products", _kernels(streamed), _anything
+    )
 )
 register(Backend("reference", "plain torch on a materialised weight: the meaning", _kernels(reference), _anything))
 

@@ -15,9 +15,7 @@ from rl_kernels import _ops
 from rl_kernels._recipe import accumulate_dtype, broadcast_coefficient, mix
 
 
-def mixed_linear(
-    x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None
-) -> Tensor:
+def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None) -> Tensor:
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
     y = aten.linear(_ops.as_rows(x), mix(weights, coefficients, x.dtype), bias)
     return y.reshape(*x.shape[:-1], weights[0].shape[0])

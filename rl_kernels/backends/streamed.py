@@ -95,9 +95,7 @@ def _view(scratch: Tensor, shape: Sequence[int], memory_format: torch.memory_for
 # Linear.
 
 
-def mixed_linear(
-    x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None
-) -> Tensor:
+def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None) -> Tensor:
     out_features, in_features = weights[0].shape
     y = x.new_empty(*x.shape[:-1], out_features)
     if y.numel() == 0:
@@ -185,7 +183,8 @@ class _ChannelBlock(NamedTuple):
     """Channels of each of these groups: all of them where there are several."""
 
     @property
-    def count(self) -> int:
+    def group_count(self) -> int:
+        """How many groups."""
         return self.groups.stop - self.groups.start
 
     def all_of(self, per_group: int) -> slice:
@@ -195,7 +194,7 @@ class _ChannelBlock(NamedTuple):
     def part_of(self, per_group: int) -> slice:
         """The channels of this block, on its own side."""
         first = self.groups.start * per_group
-        return slice(first + self.within.start, first + (self.count - 1) * per_group + self.within.stop)
+        return slice(first + self.within.start, first + (self.group_count - 1) * per_group + self.within.stop)
 
 
 def _channel_blocks(groups: int, per_group: int, channel_elements: int, elements: int) -> list[_ChannelBlock]:
@@ -251,7 +250,7 @@ def mixed_conv(
         rows, inputs = block.part_of(out_channels // groups), block.all_of(in_group)
         weight = panel(rows, memory_format=memory_format)
         for some in _images(x.shape[0], (rows.stop - rows.start) * math.prod(spatial), y):
-            part = convolve(x[some, inputs], weight, None if bias is None else bias[rows], block.count)
+            part = convolve(x[some, inputs], weight, None if bias is None else bias[rows], block.group_count)
             y[some, rows] = part
     return y
 
@@ -266,8 +265,8 @@ def mixed_conv_dgrad(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    out_channels, in_group, *kernel = weights[0].shape
-    batch, in_channels, *spatial = input_size
+    out_channels, in_group, *_ = weights[0].shape
+    batch, _, *spatial = input_size
     memory_format = _ops.conv_memory_format(dy, weights)
 
     def convolve(dy: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -291,7 +290,7 @@ def mixed_conv_dgrad(
         inputs, rows = block.part_of(in_group), block.all_of(out_group)
         weight = panel(rows, block.within, memory_format=memory_format)
         for some in _images(batch, (inputs.stop - inputs.start) * math.prod(spatial), dx):
-            dx[some, inputs] = convolve(dy[some, rows], weight, block.count)
+            dx[some, inputs] = convolve(dy[some, rows], weight, block.group_count)
     return dx
 
 
@@ -312,9 +311,7 @@ def _vendor_dgrad(
                 input_size[2:], dy.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
             )
         ]
-        return torch.ops.aten.convolution(
-            dy, weight, None, stride, padding, dilation, True, output_padding, groups
-        )
+        return torch.ops.aten.convolution(dy, weight, None, stride, padding, dilation, True, output_padding, groups)
     x = dy.new_empty(()).expand(tuple(input_size))
     dx, _, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [True, False, False]
@@ -367,7 +364,7 @@ def mixed_conv_wgrad(
             g = product(dy, x, rows, groups)
         else:
             images = _images(x.shape[0], (rows.stop - rows.start) * math.prod(dy.shape[2:]), dy)
-            parts = (product(dy[some, rows], x[some, inputs], rows, block.count) for some in images)
+            parts = (product(dy[some, rows], x[some, inputs], rows, block.group_count) for some in images)
             g = functools.reduce(lambda total, part: total.to(gradients.compute).add_(part), parts)
         for some in _blocks(rows.stop - rows.start, _linear_panel(x) // max(filter_elements, 1)):
             gradients.finish(g[some], slice(rows.start + some.start, rows.start + some.stop))

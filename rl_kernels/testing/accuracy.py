@@ -52,7 +52,9 @@ class Comparison:
 
     def __str__(self) -> str:
         verdict = "" if self.passes else "   <- FAILS" + ("" if self.finite else " (NaN or infinity)")
-        return f"{self.name}: RMS ratio {self.ratio:.2f} (error {self.error:.2e}, plain torch {self.plain:.2e}){verdict}"
+        return (
+            f"{self.name}: RMS ratio {self.ratio:.2f} (error {self.error:.2e}, plain torch {self.plain:.2e}){verdict}"
+        )
 
 
 def _rms(tensor: Tensor) -> float:
@@ -84,7 +86,9 @@ def compare(
     rows = []
     for name, value in found.items():
         expected = truth[name]
-        assert value.shape == expected.shape, f"{name}: got shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+        assert value.shape == expected.shape, (
+            f"{name}: got shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+        )
         assert value.dtype == plain[name].dtype, f"{name}: got dtype {value.dtype}, expected {plain[name].dtype}"
         expected = expected.to(value.device)
         usual = torch.isfinite(expected)
@@ -106,4 +110,6 @@ def compare(
 def assert_as_accurate(rows: Sequence[Comparison], title: str = "") -> None:
     """Raise AssertionError, with one line a tensor, unless every comparison passes."""
     if not all(row.passes for row in rows):
-        raise AssertionError("\n".join([f"{title or 'gradients'}: error above what plain torch makes", *map(str, rows)]))
+        raise AssertionError(
+            "\n".join([f"{title or 'gradients'}: error above what plain torch makes", *map(str, rows)])
+        )

@@ -114,9 +114,7 @@ def _parameters(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         if isinstance(layer, ReplacementLayer):
             for j, source in enumerate(layer.sources):
                 if source not in modules.values():
-                    modules.update(
-                        {f"{path}.sources[{j}].{p}".strip("."): m for p, m in source.named_modules()}
-                    )
+                    modules.update({f"{path}.sources[{j}].{p}".strip("."): m for p, m in source.named_modules()})
     found: dict[str, tuple[nn.Module, str]] = {}
     seen: set[int] = set()
     for path, owner in modules.items():
@@ -163,9 +161,7 @@ def _gradcheck(module: nn.Module, inputs: Sequence[Any]) -> None:
     torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-def _values(
-    module: nn.Module, inputs: Sequence[Any], trials: int
-) -> dict[str, Tensor]:
+def _values(module: nn.Module, inputs: Sequence[Any], trials: int) -> dict[str, Tensor]:
     """Outputs, and gradients by random cotangents, stacked over the trials."""
     arguments = [
         value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value

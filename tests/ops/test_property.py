@@ -1,7 +1,6 @@
 """Every backend that this machine has, on the one test body, over random cases."""
 
 import pytest
-import torch
 from hypothesis import HealthCheck, assume, given, settings
 
 from rl_kernels.backends import registered, streamed

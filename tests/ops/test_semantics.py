@@ -160,7 +160,9 @@ def test_two_threads_at_once() -> None:
 
     def step(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        x, w1, w2 = (torch.randn(s, generator=generator, requires_grad=True) for s in ((64, 300), (500, 300), (500, 300)))
+        x, w1, w2 = (
+            torch.randn(s, generator=generator, requires_grad=True) for s in ((64, 300), (500, 300), (500, 300))
+        )
         y = F.mixed_linear(x, (w1, w2), (0.5, 0.25))
         return torch.cat([g.flatten() for g in torch.autograd.grad(y.square().sum(), (x, w1, w2))])
 
@@ -184,9 +186,9 @@ def test_use_backend_nests_and_restores() -> None:
 
 
 def test_unknown_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="backend: got 'cudnn', expected one of auto, streamed, reference"):
-        with rl.use_backend("cudnn"):
-            pass
+    message = "backend: got 'cudnn', expected one of auto, streamed, reference"
+    with pytest.raises(ValueError, match=message), rl.use_backend("cudnn"):
+        pass
     monkeypatch.setenv("RL_KERNELS_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="got 'nonsense'"):
         F.mixed_linear(torch.randn(4, 7), (torch.randn(5, 7),), (1.0,))

@@ -35,7 +35,13 @@ def samples(name: str) -> list[tuple[Tensor, Tensor, Tensor | None, tuple[Any, .
 
 
 def run(
-    name: str, x: Tensor, weights: list[Tensor], coefficients: Tensor, biases: list[Tensor] | None, rest: Any, kwargs: Any
+    name: str,
+    x: Tensor,
+    weights: list[Tensor],
+    coefficients: Tensor,
+    biases: list[Tensor] | None,
+    rest: Any,
+    kwargs: Any,
 ) -> dict[str, Tensor]:
     leaves = [t.detach().requires_grad_() for t in (x, coefficients, *weights, *(biases or ()))]
     n = len(weights)

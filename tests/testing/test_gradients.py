@@ -85,7 +85,7 @@ def test_compare_sees_values_names_and_infinities() -> None:
     truth = {"y": torch.linspace(1, 2, 1000, dtype=torch.float64)}
     plain = {"y": truth["y"].to(torch.bfloat16)}
     assert_as_accurate(compare(plain, plain, truth))
-    with pytest.raises(AssertionError, match="y: RMS ratio .*FAILS"):
+    with pytest.raises(AssertionError, match=r"y: RMS ratio .*FAILS"):
         assert_as_accurate(compare({"y": plain["y"] * 1.02}, plain, truth))
     broken = plain["y"].clone()
     broken[7] = torch.nan
