@@ -6,8 +6,9 @@ convolution's panel of one image and one output channel is the smallest piece, a
 more than a million pixels. (What the vendor's own kernels take for themselves is not counted: the plain layer pays it
 too.)
 
-wgrad needs no scratch for G, the gradient of the mixed weight, where some source wants its gradient: the vendor writes
-G into that source's own buffer, and one pass over panels finishes every gradient from it, in place for that source.
+A linear layer's wgrad needs no scratch for G, the gradient of the mixed weight, where some source wants its gradient:
+the vendor writes G into that source's own buffer, and one pass over panels finishes every gradient from it, in place
+for that source. A convolution's makes G a block of channels at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 """The most memory a call takes beyond its outputs, by device type. Other devices: as the CPU."""
 
 _LINEAR_PANEL = {"cpu": 1 << 18, "cuda": 1 << 22}
-"""Elements of a linear layer's panel: half of a CPU core's L2 in float32, a sixth of a big GPU's in bfloat16."""
+"""Elements of a linear layer's panel: 1 MiB in float32, a CPU core's L2; 8 MiB in bfloat16, a part of a GPU's."""
 
 _BYTES_AN_ELEMENT = 16
 """What an element of a panel costs at most: the float64 panel and a product; or float32 sums, a term and the panel."""
@@ -158,7 +159,7 @@ def mixed_linear_wgrad(
     masks = (weights_mask, coefficients_mask, biases_mask)
     g = torch.mm(transposed_dy, x) if any(weights_mask) and x.dtype == weights[0].dtype else None
     gradients = _Gradients(g, torch.contiguous_format, weights, coefficients, biases, *masks)
-    gradients.add_biases(transposed_dy)
+    gradients.add_biases(transposed_dy.t(), [0])
     if g is not None:
         for rows in _blocks(out_features, _linear_panel(x) // max(in_features, 1)):
             gradients.finish(g[rows], rows)
@@ -338,7 +339,7 @@ def mixed_conv_wgrad(
     memory_format = _ops.conv_memory_format(x, weights)
     masks = (weights_mask, coefficients_mask, biases_mask)
     gradients = _Gradients(None, memory_format, weights, coefficients, biases, *masks)
-    gradients.add_biases(dy.movedim(1, 0).flatten(1))
+    gradients.add_biases(dy, [0, *range(2, dy.dim())])
     if not gradients.needs_product:
         return gradients.result()
 
@@ -413,11 +414,14 @@ class _Gradients:
             else None
         )
 
-    def add_biases(self, dy: Tensor) -> None:
-        """Finish what the biases need, from ``dy`` with its channels first and flattened to two dimensions."""
+    def add_biases(self, dy: Tensor, dims: list[int]) -> None:
+        """Finish what the biases need: ``dy`` summed over ``dims``, all but its channels; the first is the batch."""
         if self.sources_biases is None or not (self.dots is not None or any(self.biases_mask)):
             return
-        total = dy.sum(1, dtype=self.compute)
+        total = torch.zeros_like(self.sources_biases[0], dtype=self.compute)
+        # In runs: in half precision a CPU's sum copies what it sums to float32.
+        for some in _images(dy.shape[0], dy[:1].numel(), total):
+            total += dy[some].sum(dims, dtype=self.compute)
         for j, bias in enumerate(self.sources_biases):
             if self.biases_mask[j]:
                 torch.mul(total, broadcast_coefficient(self.coefficients, j, 1), out=self.dbiases[j])

@@ -43,12 +43,18 @@ def measure(name: str, dtype: torch.dtype, layout: Any, wanted: str) -> tuple[in
         weights = [w.detach().contiguous(memory_format=layout).requires_grad_() for w in weights]
     x.requires_grad_()
     coefficients = torch.tensor([0.5, 0.25], requires_grad=True)
-    inputs = {"all": [x, coefficients, *weights], "x": [x], "coefficients": [coefficients], "one": [weights[1]]}[wanted]
-    for tensor in (x, coefficients, *weights):
+    biases = [torch.randn(weight_shape[0]).to(dtype).requires_grad_() for _ in weights]
+    inputs = {
+        "all": [x, coefficients, *weights, *biases],
+        "x": [x],
+        "coefficients": [coefficients],
+        "one": [weights[1]],
+    }[wanted]
+    for tensor in (x, coefficients, *weights, *biases):
         tensor.requires_grad_(any(tensor is one for one in inputs))
-    y = call(x, weights, coefficients)
+    y = call(x, weights, coefficients, biases)
     dy = torch.randn_like(y)
-    forward = peak_memory(lambda: call(x, weights, coefficients))
+    forward = peak_memory(lambda: call(x, weights, coefficients, biases))
     backward = peak_memory(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True))
     outputs = sum(tensor.nbytes for tensor in inputs)
     return forward - y.nbytes, backward - outputs, weights[0].nbytes
@@ -102,6 +108,24 @@ def test_autocast() -> None:
         inputs = [x, coefficients, *weights]
         backward = peak_memory(lambda: torch.autograd.grad(y, inputs, torch.ones_like(y), retain_graph=True))
     assert backward - sum(tensor.nbytes for tensor in inputs) <= bound("linear")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_activations(dtype: torch.dtype) -> None:
+    """Neither does the workspace grow with the activations: 64 MiB of them on weights of 1 MiB."""
+    weights = weights_of((512, 512), dtype)
+    biases = [torch.randn(512).to(dtype).requires_grad_() for _ in weights]
+    x = torch.randn(32768, 512).to(dtype).requires_grad_()
+    coefficients = torch.tensor([0.5, 0.25], requires_grad=True)
+    with rl.use_backend("streamed"):
+        y = F.mixed_linear(x, weights, coefficients, biases)
+        inputs = [x, coefficients, *weights, *biases]
+        dy = torch.ones_like(y)
+        forward = peak_memory(lambda: F.mixed_linear(x, weights, coefficients, biases)) - y.nbytes
+        backward = peak_memory(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True))
+    backward -= sum(tensor.nbytes for tensor in inputs)
+    assert forward <= WORKSPACE < y.nbytes
+    assert backward <= WORKSPACE
 
 
 def test_the_measure_sees_a_whole_weight() -> None:
