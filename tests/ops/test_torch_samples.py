@@ -97,3 +97,57 @@ def test_error_inputs(name: str) -> None:
             OPS[name](sample.input, [weight], [1.0], None if bias is None else [bias], *rest, **kwargs)
         count += 1
     assert count >= 8
+
+
+def attention_samples() -> list[Any]:
+    (info,) = (info for info in op_db if info.name == "nn.functional.multi_head_attention_forward")
+    # torch's reference inputs: masks, appended and zero keys, static keys, separate projections, batched or not.
+    return list(info.reference_inputs("cpu", torch.float64, requires_grad=False))
+
+
+def test_attention_samples() -> None:
+    """Values and all gradients of every sample of torch's attention, against torch's own on the mixed weights."""
+    found_samples = attention_samples()
+    assert len(found_samples) >= 100
+    names = {
+        "in_proj_weight": 3, "in_proj_bias": 4, "bias_k": 5, "bias_v": 6, "out_proj_weight": 9, "out_proj_bias": 10
+    }  # fmt: skip
+    separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    for sample in found_samples:
+        coefficients = torch.tensor([0.75, -0.5], dtype=torch.float64, requires_grad=True)
+        inputs = [sample.input, *sample.args[:2]]
+        leaves = {id(t): t.detach().clone().requires_grad_() for t in inputs}
+        query, key, value = (leaves[id(t)] for t in inputs)
+        rest = list(sample.args[2:])
+        kwargs = dict(sample.kwargs)
+        stacks: dict[str, list[Tensor]] = {}
+        for name in (*names, *separate):
+            tensor = kwargs.get(name) if name in separate else rest[names[name] - 1]
+            if tensor is not None:
+                stacks[name] = [tensor.detach().clone(), torch.randn_like(tensor)]
+                stacks[name] = [t.requires_grad_() for t in stacks[name]]
+
+        def both(mixed: bool, name: str, stacks: Any = stacks, coefficients: Tensor = coefficients) -> Any:
+            if name not in stacks:
+                return None
+            return stacks[name] if mixed else coefficients[0] * stacks[name][0] + coefficients[1] * stacks[name][1]
+
+        results = []
+        for mixed in (False, True):
+            arguments, options = list(rest), dict(kwargs)
+            for name, position in names.items():
+                arguments[position - 1] = both(mixed, name)
+            for name in separate:
+                options.pop(name, None)
+                options[f"{name}s" if mixed else name] = both(mixed, name)
+            function: Any = torch.nn.functional.multi_head_attention_forward
+            if mixed:
+                function, options["coefficients"] = F.mixed_multi_head_attention, coefficients
+            torch.manual_seed(0)
+            outputs = [t for t in function(query, key, value, *arguments, **options) if t is not None]
+            wanted = [*leaves.values(), coefficients, *(t for stack in stacks.values() for t in stack)]
+            loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in outputs)
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+            results.append([*outputs, *gradients])
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
