@@ -17,45 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as aten
 from torch import Tensor
 
 from rl_kernels import _ops
+from rl_kernels._arguments import Coefficients, as_coefficients
+from rl_kernels._attention import mixed_multi_head_attention
 from rl_kernels._autograd import CONV, LINEAR, mixed_forward
-from rl_kernels._recipe import accumulate_dtype
 from rl_kernels._recipe import mix as _mix
 
-Coefficients = Tensor | Sequence[float | Tensor]
-
-
-def _coefficients(coefficients: Coefficients, sources: Sequence[Tensor], name: str = "weights") -> Tensor:
-    """``coefficients`` as one tensor, in the dtype in which ``sources`` mix."""
-    _ops.check_sources(name, sources)
-    dtype = accumulate_dtype(sources[0].dtype)
-    if isinstance(coefficients, Tensor):
-        if not coefficients.dtype.is_floating_point:
-            raise RuntimeError(f"coefficients: got dtype {coefficients.dtype}, expected a floating-point dtype")
-        return coefficients if coefficients.dtype == dtype else coefficients.to(dtype)
-    if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
-        raise TypeError(
-            f"coefficients: got {type(coefficients).__name__}, expected a tensor or a sequence of floats or "
-            "one-element tensors"
-        )
-    if len(coefficients) != len(sources):
-        raise RuntimeError(f"coefficients: got {len(coefficients)}, expected {len(sources)} as there are {name}")
-    device = sources[0].device
-    if not any(isinstance(c, Tensor) for c in coefficients):
-        return torch.tensor([float(c) for c in coefficients], dtype=dtype, device=device)
-    parts = []
-    for j, c in enumerate(coefficients):
-        part = c if isinstance(c, Tensor) else torch.tensor(float(c), dtype=dtype, device=device)
-        if part.numel() != 1:
-            raise RuntimeError(f"coefficients[{j}]: got shape {tuple(part.shape)}, expected one element")
-        if part.device != device:
-            raise RuntimeError(f"coefficients[{j}]: got device {part.device}, expected {device} as {name}[0]")
-        parts.append(part.reshape(1).to(dtype))
-    return torch.cat(parts)
+__all__ = [
+    "mixed_linear",
+    "mixed_conv1d",
+    "mixed_conv2d",
+    "mixed_conv3d",
+    "mixed_multi_head_attention",
+    "mix",
+    "Coefficients",
+]
 
 
 def mix(weights: Sequence[Tensor], coefficients: Coefficients) -> Tensor:
@@ -72,7 +51,7 @@ def mix(weights: Sequence[Tensor], coefficients: Coefficients) -> Tensor:
         A tensor shaped as a source, in its dtype: summed in source order in float32 (float64 for float64), rounded
         once.
     """
-    mixing = _coefficients(coefficients, weights)
+    mixing = as_coefficients(coefficients, weights)
     first = weights[0]
     if first.dim() == 0:
         raise RuntimeError("weights[0]: got a 0-dimensional tensor, expected at least one dimension")
@@ -94,7 +73,7 @@ def mixed_linear(
     Returns:
         ``(*, out_features)``.
     """
-    return mixed_forward(LINEAR, x, weights, _coefficients(coefficients, weights), biases)
+    return mixed_forward(LINEAR, x, weights, as_coefficients(coefficients, weights), biases)
 
 
 def mixed_conv1d(
@@ -179,7 +158,7 @@ def _mixed_conv(
     dilation: int | Sequence[int],
     groups: int,
 ) -> Tensor:
-    mixing = _coefficients(coefficients, weights)
+    mixing = as_coefficients(coefficients, weights)
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
     if weights[0].dim() != spatial + 2:

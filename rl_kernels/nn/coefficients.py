@@ -60,10 +60,14 @@ class Coefficients(nn.Module):
 
         return super()._apply(keep_precision, *args, **kwargs)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(N,)`` or ``(N, out)``."""
+        return tuple((self.coefficients if self.constraint == "free" else self.logits).shape)
+
     def extra_repr(self) -> str:
         """Shape and constraint, for printing."""
-        parameter = self.coefficients if self.constraint == "free" else self.logits
-        return f"{tuple(parameter.shape)}, constraint={self.constraint!r}"
+        return f"{self.shape}, constraint={self.constraint!r}"
 
 
 def initial_coefficients(
@@ -79,7 +83,7 @@ def initial_coefficients(
         pairs: for ``"fit"``: every own weight with its sources' weights, to be met in the least-squares sense.
 
     Returns:
-        ``(n,)`` or ``(n, out)``, float32 (float64 where the weights to fit are).
+        ``(n,)`` or ``(n, out)``, float32 or float64: to be cast to the parameter's dtype.
     """
     if isinstance(init, str):
         if init != "fit":
@@ -91,7 +95,7 @@ def initial_coefficients(
     shape = (n,) if out is None else (n, out)
     if init is None:
         return torch.full(shape, 1 / n)
-    values = torch.as_tensor(init, dtype=torch.float32).detach().cpu()
+    values = torch.as_tensor(init, dtype=torch.float64).detach().cpu()
     if values.shape == (n,) and out is not None:
         values = values[:, None].expand(shape)
     if values.shape != shape:
@@ -110,29 +114,37 @@ def fit(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], *, channel: bool = Fal
     Returns:
         ``(N,)`` or ``(N, out)``: float32, or float64 for float64 weights. Of several solutions the smallest.
     """
-    gram, moment = 0, 0
+    grams, moments = [], []
     for own, sources in pairs:
-        stacked = torch.stack([source.detach().double().flatten(1) for source in sources], dim=1)
-        target = own.detach().double().flatten(1).unsqueeze(2)
-        gram = gram + stacked @ stacked.mT
-        moment = moment + (stacked @ target).squeeze(2)
-    if not channel:
-        gram, moment = gram.sum(0, keepdim=True), moment.sum(0, keepdim=True)
+        stacked = torch.stack([_by_channel(source) for source in sources], dim=1)
+        gram, moment = stacked @ stacked.mT, (stacked @ _by_channel(own).unsqueeze(2)).squeeze(2)
+        # Without channels the pairs are summed at once: their weights may differ in shape.
+        grams.append(gram if channel else gram.sum(0, keepdim=True))
+        moments.append(moment if channel else moment.sum(0, keepdim=True))
+    gram, moment = torch.stack(grams).sum(0), torch.stack(moments).sum(0)
     solution = _fit_convex(gram, moment) if convex else torch.linalg.pinv(gram) @ moment.unsqueeze(2)
     solution = solution.reshape(moment.shape).mT if channel else solution.reshape(-1)
     dtype = torch.float64 if pairs[0][0].dtype == torch.float64 else torch.float32
     return solution.to("cpu", dtype).contiguous()
 
 
+def _by_channel(weight: Tensor) -> Tensor:
+    """``weight`` in float64, flattened to ``(out, elements a channel)``."""
+    weight = weight.detach().double()
+    return weight.unsqueeze(1) if weight.dim() == 1 else weight.flatten(1)
+
+
 def _fit_convex(gram: Tensor, moment: Tensor) -> Tensor:
-    """The best point of the simplex, of ``gram`` ``(batch, N, N)`` and ``moment`` ``(batch, N)``: the best of its faces.
+    """The best point of the simplex: the best of its faces. ``gram`` is ``(batch, N, N)``, ``moment`` ``(batch, N)``.
 
     On a face (a set of sources that alone take part) the minimum solves a linear system; 2^N - 1 faces are few.
     """
     batch, n = moment.shape
     best = torch.full_like(moment, 1 / n)
     least = torch.full_like(moment[:, 0], torch.inf)
-    for face in (list(c) for size in range(1, n + 1) for c in itertools.combinations(range(n), size)):
+    # The largest face first, and a smaller one only where it is better by more than rounding: equal sources share.
+    margin = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(1)
+    for face in (list(c) for size in range(n, 0, -1) for c in itertools.combinations(range(n), size)):
         system = torch.zeros(batch, len(face) + 1, len(face) + 1, dtype=gram.dtype, device=gram.device)
         system[:, :-1, :-1] = gram[:, face][:, :, face]
         system[:, -1, :-1] = system[:, :-1, -1] = 1
@@ -140,7 +152,7 @@ def _fit_convex(gram: Tensor, moment: Tensor) -> Tensor:
         point = torch.zeros_like(moment)
         point[:, face] = (torch.linalg.pinv(system) @ right.unsqueeze(2)).squeeze(2)[:, :-1]
         loss = (point.unsqueeze(1) @ gram @ point.unsqueeze(2)).flatten() - 2 * (point * moment).sum(1)
-        better = (point >= 0).all(1) & (loss < least)
+        better = (point >= 0).all(1) & (loss < least - margin)
         best, least = torch.where(better[:, None], point, best), torch.where(better, loss, least)
     best = best.clamp_min(_SMALLEST_CONVEX)
     return best / best.sum(1, keepdim=True)

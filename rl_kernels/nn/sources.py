@@ -89,7 +89,8 @@ class ReplacementLayer(nn.Module):
             raise ValueError(f"granularity: got {granularity!r}, expected one of {', '.join(GRANULARITIES)}")
         self.check_sources(sources)
         if own is not None:
-            self.check_sources([*sources, own], name="own")
+            self.check_source(own, "own")
+            self._check_alike("own", own, "sources[0]", sources[0])
         if not set(detach) <= set(range(len(sources))):
             raise ValueError(f"detach: got {sorted(detach)}, expected indices of the {len(sources)} sources")
         self.granularity: Granularity = granularity
@@ -99,6 +100,10 @@ class ReplacementLayer(nn.Module):
         if coefficients is not None:
             if granularity != "scalar":
                 raise ValueError("granularity: got 'channel' with shared coefficients, expected 'scalar'")
+            if not isinstance(coefficients, Coefficients):
+                raise TypeError(f"coefficients: got {type(coefficients).__name__}, expected a Coefficients module")
+            if coefficients.shape != (len(sources),):
+                raise ValueError(f"coefficients: got shape {coefficients.shape}, expected ({len(sources)},) as sources")
             self._borrowed = Unregistered(coefficients)
         else:
             self.mixing = self._make_coefficients(own, init, constraint)
@@ -106,11 +111,15 @@ class ReplacementLayer(nn.Module):
 
     def _make_coefficients(self, own: nn.Module | None, init: Init, constraint: Constraint) -> Coefficients:
         out = self.out_channels_of(self._sources[0]) if self.granularity == "channel" else None
-        pairs = [] if own is None else self.fit_pairs(own, tuple(self._sources))
+        pairs = self._pairs_to_fit(own) if own is not None and isinstance(init, str) else []
         values = initial_coefficients(init, len(self._sources), out, constraint, pairs)
         weight = self.main_weight(self._sources[0])
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return Coefficients(values.to(weight.device, dtype), constraint)
+
+    def _pairs_to_fit(self, own: nn.Module) -> list[tuple[Tensor, list[Tensor]]]:
+        """``fit_pairs`` for this layer's granularity: at ``"channel"`` the first dimension of all is the channels."""
+        return self.fit_pairs(own, tuple(self._sources))
 
     @classmethod
     def from_neighbours(cls: type[Layer], prev: nn.Module, next: nn.Module, **options: Any) -> Layer:
@@ -144,23 +153,31 @@ class ReplacementLayer(nn.Module):
         return {**shapes, "dtype": weight.dtype, "device": weight.device}
 
     @classmethod
-    def check_sources(cls, sources: Sequence[nn.Module], name: str = "sources") -> None:
+    def check_source(cls, source: nn.Module, name: str) -> None:
+        """Raise unless ``source`` is a layer of this kind; ``name`` is for the message."""
+        expected = " or ".join(kind.__name__ for kind in cls.source_type)
+        if isinstance(source, ReplacementLayer):
+            raise TypeError(f"{name}: got {type(source).__name__}, which is itself replaced; expected {expected}")
+        if not isinstance(source, cls.source_type):
+            raise TypeError(f"{name}: got {type(source).__name__}, expected {expected}")
+
+    @classmethod
+    def check_sources(cls, sources: Sequence[nn.Module]) -> None:
         """Raise unless ``sources`` are layers of this kind that can be mixed."""
         if len(sources) == 0:
             raise ValueError("sources: got none, expected one or more layers")
-        expected = " or ".join(kind.__name__ for kind in cls.source_type)
         for j, source in enumerate(sources):
-            label = f"sources[{j}]" if name == "sources" else name
-            if isinstance(source, ReplacementLayer):
-                raise TypeError(f"{label}: got {type(source).__name__}, which is itself replaced; expected {expected}")
-            if not isinstance(source, cls.source_type):
-                raise TypeError(f"{label}: got {type(source).__name__}, expected {expected}")
-            found, first = cls.signature(source), cls.signature(sources[0])
-            for key in sorted(found.keys() | first.keys()):
-                if found.get(key) != first.get(key):
-                    raise ValueError(
-                        f"{label}: got {key} {found.get(key)}, expected {first.get(key)} as sources[0]"
-                    )
+            cls.check_source(source, f"sources[{j}]")
+            cls._check_alike(f"sources[{j}]", source, "sources[0]", sources[0])
+
+    @classmethod
+    def _check_alike(
+        cls, name: str, layer: nn.Module, other_name: str, other: nn.Module, ignored: Collection[str] = ()
+    ) -> None:
+        found, expected = cls.signature(layer), cls.signature(other)
+        for key in sorted((found.keys() | expected.keys()) - set(ignored)):
+            if found.get(key) != expected.get(key):
+                raise ValueError(f"{name}: got {key} {found.get(key)}, expected {expected.get(key)} as {other_name}")
 
     # What every replaced layer offers.
 
@@ -178,7 +195,10 @@ class ReplacementLayer(nn.Module):
         """
         if len(sources) != len(self._sources):
             raise ValueError(f"sources: got {len(sources)} layers, expected {len(self._sources)}")
-        self.check_sources([self._sources[0], *sources], name="sources of rebind")
+        self.check_sources(sources)
+        # The layer bound before may be out of the model already, and left behind where that was moved or cast.
+        moved = ("dtype", "device")
+        self._check_alike("sources[0]", sources[0], "the one bound before", self._sources[0], ignored=moved)
         self._sources = Unregistered(*sources)
 
     @property
@@ -238,10 +258,9 @@ class ReplacementLayer(nn.Module):
 
 
 def copy_parameters(layer: nn.Module, values: dict[str, Tensor | None], like: Tensor) -> None:
-    """Set the parameters of a plain ``layer`` to copies of ``values``, trainable, in the dtype and place of ``like``."""
+    """Set the parameters of a plain ``layer`` to copies of ``values``, in the dtype and on the device of ``like``."""
     layer.to(device=like.device, dtype=like.dtype)
     with torch.no_grad():
         for name, value in values.items():
             if value is not None:
-                parameter = getattr(layer, name)
-                parameter.copy_(value)
+                layer.get_parameter(name).copy_(value)

@@ -165,3 +165,33 @@ def test_a_hundred_steps_do_not_grow() -> None:
                 tensor.grad = None
 
     assert peak_memory(lambda: steps(100)) <= peak_memory(lambda: steps(2)) + MEBI
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_attention(cross: bool) -> None:
+    """Self-attention stores no mixed projection; across sequences torch joins the gradients of three parts, once."""
+    embed_dim, heads = 2048, 8
+    query, key = (torch.randn(4, 1, embed_dim, requires_grad=True) for _ in range(2))
+    key = key if cross else query
+    packed, out = (
+        weights_of((3 * embed_dim, embed_dim), torch.float32),
+        weights_of((embed_dim, embed_dim), torch.float32),
+    )
+    coefficients = torch.tensor([0.5, 0.25], requires_grad=True)
+
+    def forward() -> Tensor:
+        output, _ = F.mixed_multi_head_attention(
+            *(query, key, key, embed_dim, heads, packed, None, None, None, False, 0.0, out, None),
+            need_weights=False,
+            coefficients=coefficients,
+        )
+        return output
+
+    inputs = [query, coefficients, *packed, *out]
+    with rl.use_backend("streamed"):
+        y = forward()
+        assert peak_memory(forward) <= WORKSPACE + MEBI
+        backward = peak_memory(lambda: torch.autograd.grad(y, inputs, torch.ones_like(y), retain_graph=True))
+    backward -= sum(tensor.nbytes for tensor in inputs)
+    joined = packed[0].nbytes if cross else 0
+    assert backward <= WORKSPACE + MEBI + joined, f"backward took {backward / MEBI:.1f} MiB"

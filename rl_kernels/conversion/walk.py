@@ -1,0 +1,275 @@
+"""Which blocks are walked, what stands against each one's replacement, and which are replaced in the end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from torch import nn
+
+from rl_kernels.conversion.blocks import (
+    Block,
+    Part,
+    Sharing,
+    class_of,
+    composite_blocks,
+    is_norm,
+    join,
+    leaf_blocks,
+    leaf_layers,
+    parts,
+    torch_class,
+    why_own,
+)
+from rl_kernels.conversion.records import (
+    Level,
+    Options,
+    OwnPart,
+    PlannedLayer,
+    Reason,
+    ReplacedBlock,
+    SkippedBlock,
+    Stage,
+)
+from rl_kernels.conversion.targets import Targets
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a block cannot be replaced."""
+
+    reason: Reason
+    detail: str
+
+
+@dataclass
+class Slot:
+    """A block in the walk, with its neighbours, what would be replaced in it, and what stands against that."""
+
+    block: Block
+    wanted: list[Part]
+    own: list[OwnPart]
+    previous: Block | None = None
+    next: Block | None = None
+    obstacle: Obstacle | None = None
+
+
+def find(model: nn.Module, targets: Targets, level: Level) -> tuple[Literal["block", "layer"], list[Slot]]:
+    """The blocks to walk: composite ones, else layers in containers, else all layers that can be replaced.
+
+    Raises:
+        ValueError: nothing can be replaced in any of these.
+    """
+    seen: list[Slot] = []
+    for kind, slots in _walks(model, targets, level):
+        if any(slot.obstacle is None for slot in slots):
+            return kind, slots
+        seen = seen or slots
+    raise _nothing(model, targets, level, seen)
+
+
+def _walks(model: nn.Module, targets: Targets, level: Level) -> Iterator[tuple[Literal["block", "layer"], list[Slot]]]:
+    if level != "layer":
+        yield "block", _slots(composite_blocks(model), model, targets)
+        yield "block", _slots(leaf_blocks(model), model, targets)
+    if level != "block":
+        yield "layer", _layer_slots(model, targets)
+
+
+def _slots(blocks: Sequence[Block], model: nn.Module, targets: Targets) -> list[Slot]:
+    sharing = Sharing(model)
+    slots = [_slot(block, targets, sharing) for block in blocks]
+    by_stage: dict[str, list[Slot]] = defaultdict(list)
+    for slot in slots:
+        by_stage[slot.block.stage].append(slot)
+    for stage in by_stage.values():
+        _link(stage)
+    for slot in slots:
+        slot.obstacle = slot.obstacle or _edge(slot, blocks) or _mismatch(slot)
+    return slots
+
+
+def _link(chain: Sequence[Slot]) -> None:
+    for slot, following in pairwise(chain):
+        slot.next, following.previous = following.block, slot.block
+
+
+def _edge(slot: Slot, blocks: Sequence[Block]) -> Obstacle | None:
+    if slot.block is blocks[0]:
+        return Obstacle("first", "no block before it")
+    if slot.block is blocks[-1]:
+        return Obstacle("last", "no block after it")
+    if slot.previous is None or slot.next is None:
+        side = "first" if slot.previous is None else "last"
+        return Obstacle("stage boundary", f"{side} block of {slot.block.stage or 'the model'}")
+    return None
+
+
+def _layer_slots(model: nn.Module, targets: Targets) -> list[Slot]:
+    sharing = Sharing(model)
+    slots = [slot for block in leaf_layers(model) if (slot := _slot(block, targets, sharing)).wanted]
+    chains: dict[str, list[Slot]] = defaultdict(list)
+    for slot in slots:
+        chains[_kind_of_layer(slot.block.module)].append(slot)
+    for kind, chain in chains.items():
+        _link(chain)
+        for slot in chain:
+            if slot.obstacle is None and slot.previous is None:
+                slot.obstacle = Obstacle("first", f"no {kind} before it")
+            if slot.obstacle is None and slot.next is None:
+                slot.obstacle = Obstacle("last", f"no {kind} after it")
+            slot.obstacle = slot.obstacle or _mismatch(slot)
+    return slots
+
+
+def _kind_of_layer(layer: nn.Module) -> str:
+    """Layers of one kind are one another's neighbours. A 1x1 shortcut between two 3x3 convolutions is another kind."""
+    kernel = getattr(layer, "kernel_size", ())
+    source = torch_class(layer)
+    assert source is not None
+    return f"{'x'.join(map(str, kernel))} {source.__name__}".strip()
+
+
+def _slot(block: Block, targets: Targets, sharing: Sharing) -> Slot:
+    wanted, own = [], []
+    for part in parts(block.module, block.inside):
+        if not part.own and targets.wants(block.path, part):
+            wanted.append(part)
+        else:
+            own.append(OwnPart(part.path, part.class_name, part.parameters, part.own or _why_unwanted(part, targets)))
+    slot = Slot(block, wanted, own)
+    if not wanted:
+        slot.obstacle = Obstacle("nothing to replace", f"no target in {class_of(block.module).__name__}")
+    slot.obstacle = slot.obstacle or _shared(slot, sharing)
+    return slot
+
+
+def _shared(slot: Slot, sharing: Sharing) -> Obstacle | None:
+    for part in slot.wanted:
+        assert part.module is not None
+        elsewhere = sharing.explain(join(slot.block.path, part.path), part.module)
+        if elsewhere:
+            return Obstacle("shared parameters", elsewhere)
+    return None
+
+
+def _why_unwanted(part: Part, targets: Targets) -> str:
+    if targets.norms == "own" and part.module is not None and is_norm(part.module):
+        return "norms='own'"
+    return "not a target"
+
+
+def _mismatch(slot: Slot) -> Obstacle | None:
+    """What keeps the neighbours that there are from being mixed into the block."""
+    for neighbour in (slot.previous, slot.next):
+        if neighbour is None:
+            continue
+        for part in slot.wanted:
+            detail = _difference(part, slot.block, neighbour)
+            if detail:
+                return Obstacle("shape mismatch", detail)
+    return None
+
+
+def _difference(part: Part, block: Block, neighbour: Block) -> str:
+    assert part.module is not None and part.kind is not None
+    path = join(neighbour.path, part.path)
+    try:
+        found = neighbour.module.get_submodule(part.path)
+    except AttributeError:
+        return f"{neighbour.path} has no {part.path}"
+    if torch_class(found) is not torch_class(part.module):
+        return f"{path} is {class_of(found).__name__}, {join(block.path, part.path)} {part.class_name}"
+    source = torch_class(found)
+    assert source is not None
+    reason = why_own(found, source)
+    if reason:
+        return f"{path} cannot be mixed: {reason}"
+    mine, theirs = part.kind.signature(part.module), part.kind.signature(found)
+    for key in mine | theirs:
+        if mine.get(key) != theirs.get(key):
+            return f"{join(path, key)} is {theirs.get(key)}, {join(block.path, part.path, key)} {mine.get(key)}"
+    return ""
+
+
+def walk(
+    slots: Sequence[Slot], every: int, first: int, strict: bool, options: Options
+) -> tuple[list[ReplacedBlock], list[SkippedBlock]]:
+    """What is replaced, and what was due and is not: the first falls due at number ``first``."""
+    replaced: list[ReplacedBlock] = []
+    skipped: list[SkippedBlock] = []
+    due = first
+    for number, slot in enumerate(slots, start=1):
+        if number < due:
+            continue
+        obstacle = slot.obstacle or _taken(slot, replaced)
+        if obstacle is None:
+            replaced.append(_replaced(number, slot, options))
+        else:
+            skipped.append(SkippedBlock(number, slot.block.path, obstacle.reason, obstacle.detail))
+        if obstacle is None or strict:
+            due = number + every
+    return replaced, skipped
+
+
+def _taken(slot: Slot, replaced: Sequence[ReplacedBlock]) -> Obstacle | None:
+    # A block that another is mixed from has that one for a neighbour: it need not be asked for by itself.
+    assert slot.previous is not None and slot.next is not None
+    taken = {block.path for block in replaced}
+    for neighbour in (slot.previous, slot.next):
+        if neighbour.path in taken:
+            return Obstacle("neighbour replaced", f"{neighbour.path} is replaced")
+    return None
+
+
+def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
+    assert slot.previous is not None and slot.next is not None
+    layers = []
+    for part in slot.wanted:
+        assert part.module is not None and part.kind is not None
+        shapes = {name: tuple(parameter.shape) for name, parameter in part.module.named_parameters()}
+        channels = part.kind.out_channels_of(part.module) if options.granularity == "channel" else 1
+        layers.append(PlannedLayer(part.path, part.class_name, shapes, 2 * channels))
+    return ReplacedBlock(
+        number=number,
+        path=slot.block.path,
+        class_name=class_of(slot.block.module).__name__,
+        sources=(slot.previous.path, slot.next.path),
+        layers=tuple(layers),
+        own=tuple(slot.own),
+        coefficients=2 if options.share == "block" else sum(layer.coefficients for layer in layers),
+    )
+
+
+def stages(slots: Sequence[Slot]) -> tuple[Stage, ...]:
+    """The containers of the blocks that are walked."""
+    by_stage: dict[str, list[str]] = defaultdict(list)
+    for slot in slots:
+        by_stage[slot.block.stage].append(class_of(slot.block.module).__name__)
+    return tuple(Stage(path, ", ".join(dict.fromkeys(names)), len(names)) for path, names in by_stage.items())
+
+
+def summary(skipped: Sequence[SkippedBlock]) -> str:
+    """The reasons in one line, for messages."""
+    return "; ".join(f"{block.path}: {block.reason} ({block.detail})" for block in skipped)
+
+
+def _nothing(model: nn.Module, targets: Targets, level: Level, slots: Sequence[Slot]) -> ValueError:
+    name = type(model).__name__
+    if targets.targets and not any(slot.wanted for slot in slots):
+        return ValueError(
+            f"targets: got {', '.join(targets.labels)}, which match no layer of {name} that can be replaced"
+        )
+    expected = "expected three blocks in a row with linear, convolution or attention layers of equal shape"
+    if level != "auto":
+        expected += f", or another level than {level!r}"
+    reasons = [
+        SkippedBlock(number, slot.block.path, slot.obstacle.reason, slot.obstacle.detail)
+        for number, slot in enumerate(slots, start=1)
+        if slot.obstacle is not None
+    ]
+    found = f" ({summary(reasons[:3])}{'; ...' if len(reasons) > 3 else ''})" if reasons else ""
+    return ValueError(f"model: got {name}, in which nothing can be replaced{found}; {expected}")
