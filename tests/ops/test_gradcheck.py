@@ -138,3 +138,22 @@ def test_mix() -> None:
 
         assert gradcheck(run, (coefficients, *weights))
         assert gradgradcheck(run, (coefficients, *weights))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_attention(cross: bool, granularity: str) -> None:
+    query, key = random(2, 1, 4), random(3, 1, 4)
+    packed, out = [random(12, 4) for _ in range(2)], [random(4, 4) for _ in range(2)]
+    biases = [random(12) for _ in range(2)]
+    shapes = ((2,), (2,)) if granularity == "scalar" else ((2, 12), (2, 4))
+    mixing = [random(*shape) for shape in shapes]
+
+    def run(query: Tensor, key: Tensor, c: Tensor, c_out: Tensor, *weights: Tensor) -> Any:
+        other = key if cross else query
+        settings = (4, 2, weights[:2], weights[4:], None, None, False, 0.0, weights[2:4], None)
+        return F.mixed_multi_head_attention(query, other, other, *settings, coefficients=c, out_coefficients=c_out)
+
+    arguments = (query, key, *mixing, *packed, *out, *biases)
+    assert gradcheck(run, arguments, fast_mode=True)
+    assert gradgradcheck(run, arguments, fast_mode=True)
