@@ -33,7 +33,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from rl_kernels import _ops
-from rl_kernels._recipe import accumulate_dtype, broadcast_coefficient, mix
+from rl_kernels._recipe import accumulate_dtype, mix
 
 Gradients = Sequence[Tensor | None]
 
@@ -386,7 +386,7 @@ def _bias_terms(
             if masks.biases[j]:
                 d_biases[j] = (by_coefficient[j] * s).to(bias.dtype)
     if needs_dy:
-        spread = by_s if family.channel_dim == -1 else broadcast_coefficient(by_s[None], 0, dy.dim() - 1)
+        spread = by_s if family.channel_dim == -1 else by_s.reshape(-1, *(1,) * (dy.dim() - 2))
         d_dy = spread.to(dy.dtype).expand_as(dy) if d_dy is None else d_dy + spread.to(dy.dtype)
     if masks.coefficients and any(v is not None for v in by_bias):
         term = torch.stack(per_source)

@@ -167,13 +167,16 @@ def check_mixed_linear_wgrad(
 ) -> None:
     """Raise unless the arguments fit: dy ``(*, out)``, x ``(*, in)`` with the same leading dimensions."""
     check_mixed_linear(x, weights, coefficients, biases)
-    check_mixed_linear_dgrad(dy, weights, coefficients)
-    if dy.shape[:-1] != x.shape[:-1] or dy.dtype != x.dtype:
-        raise RuntimeError(
-            f"dy: got {dy.dtype} of shape {_shape(dy)}, expected {x.dtype} of shape "
-            f"{(*x.shape[:-1], weights[0].shape[0])} as x has shape {_shape(x)}"
-        )
+    _check_dy(dy, x, (*x.shape[:-1], weights[0].shape[0]))
     _check_masks(weights, biases, weights_mask, biases_mask)
+
+
+def _check_dy(dy: Tensor, like: Tensor, shape: Sequence[int]) -> None:
+    """Raise unless ``dy`` is the gradient of an output of ``shape``, in the dtype and place of ``like``."""
+    if tuple(dy.shape) != tuple(shape):
+        raise RuntimeError(f"dy: got shape {_shape(dy)}, expected {tuple(shape)}, the shape of the output")
+    if dy.dtype != like.dtype or dy.device != like.device:
+        raise RuntimeError(f"dy: got {dy.dtype} on {dy.device}, expected {like.dtype} on {like.device}")
 
 
 def conv_output_size(
@@ -240,11 +243,6 @@ def check_mixed_conv(
     _check_conv_input(x, weights[0], stride, padding, dilation, groups)
 
 
-def _check_dy(dy: Tensor, expected: Sequence[int]) -> None:
-    if tuple(dy.shape) != tuple(expected):
-        raise RuntimeError(f"dy: got shape {_shape(dy)}, expected {tuple(expected)}, the shape of the output")
-
-
 def check_mixed_conv_dgrad(
     dy: Tensor,
     weights: Sequence[Tensor],
@@ -266,7 +264,7 @@ def check_mixed_conv_dgrad(
             f"{len(stride)} spatial sizes)"
         )
     spatial = conv_output_size(input_size[2:], weight.shape[2:], stride, padding, dilation)
-    _check_dy(dy, (input_size[0], weight.shape[0], *spatial))
+    _check_dy(dy, dy, (input_size[0], weight.shape[0], *spatial))
 
 
 def check_mixed_conv_wgrad(
@@ -285,11 +283,9 @@ def check_mixed_conv_wgrad(
 ) -> None:
     """Raise unless the arguments fit: dy is the gradient of the convolution of x."""
     check_mixed_conv(x, weights, coefficients, biases, stride, padding, dilation, groups)
-    if dy.dtype != x.dtype or dy.device != x.device:
-        raise RuntimeError(f"dy: got {dy.dtype} on {dy.device}, expected {x.dtype} on {x.device} as x")
     weight = weights[0]
     spatial = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    _check_dy(dy, (x.shape[0], weight.shape[0], *spatial))
+    _check_dy(dy, x, (x.shape[0], weight.shape[0], *spatial))
     _check_masks(weights, biases, weights_mask, biases_mask)
 
 

@@ -13,10 +13,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def broadcast_coefficient(coefficients: Tensor, j: int, dim: int) -> Tensor:
-    """Coefficient ``j`` of a ``(N,)`` or ``(N, out)`` tensor, shaped to multiply a ``dim``-dimensional source."""
+def factors(coefficients: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """The coefficients, ``(N,)`` or ``(N, out)``, one by one, each shaped to multiply a ``dim``-dimensional source."""
     # Never 0-dim: a 0-dim factor would not promote a half-precision source, and the product would round too early.
-    return coefficients[j].reshape(-1, *(1,) * (dim - 1))
+    ones = (1,) * (dim + 1 - coefficients.dim())
+    return coefficients.reshape(*coefficients.shape, *ones).unbind(0)
 
 
 def mix(sources: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,8 +33,8 @@ def mix(sources: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype | No
         rounded once.
     """
     compute = accumulate_dtype(sources[0].dtype)
-    coefficients = coefficients.to(compute)
-    total = sources[0].to(compute) * broadcast_coefficient(coefficients, 0, sources[0].dim())
-    for j in range(1, len(sources)):
-        total = total + sources[j].to(compute) * broadcast_coefficient(coefficients, j, sources[j].dim())
+    first, *rest = factors(coefficients.to(compute), sources[0].dim())
+    total = sources[0].to(compute) * first
+    for source, factor in zip(sources[1:], rest, strict=True):
+        total = total + source.to(compute) * factor
     return total.to(dtype or sources[0].dtype)

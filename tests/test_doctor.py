@@ -5,7 +5,7 @@ import torch
 from click.testing import CliRunner
 
 from rl_kernels import doctor
-from rl_kernels.backends import registered, streamed
+from rl_kernels.backends import registered, selection, streamed
 from rl_kernels.doctor import doctor_command
 
 
@@ -35,6 +35,6 @@ def test_a_broken_backend_fails_and_is_named(fault: str, monkeypatch: pytest.Mon
 
 
 def test_a_forced_backend_that_is_unknown_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RL_KERNELS_BACKEND", "nonsense")
+    monkeypatch.setattr(selection, "_default", "nonsense")
     result = CliRunner().invoke(doctor_command)
     assert result.exit_code == 1 and "got 'nonsense'" in result.output

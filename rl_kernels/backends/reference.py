@@ -12,7 +12,7 @@ import torch.nn.functional as aten
 from torch import Tensor
 
 from rl_kernels import _ops
-from rl_kernels._recipe import accumulate_dtype, broadcast_coefficient, mix
+from rl_kernels._recipe import accumulate_dtype, factors, mix
 
 
 def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None) -> Tensor:
@@ -123,8 +123,8 @@ def _gradients(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """All gradients, from that of the mixed weight and that of the mixed bias (``total``)."""
     dweights = [
-        (broadcast_coefficient(coefficients, j, g.dim()) * g).to(weight.dtype) if wanted else weight.new_empty(0)
-        for j, (weight, wanted) in enumerate(zip(weights, weights_mask, strict=True))
+        (factor * g).to(weight.dtype) if wanted else weight.new_empty(0)
+        for factor, weight, wanted in zip(factors(coefficients, g.dim()), weights, weights_mask, strict=True)
     ]
     dbiases = [
         (coefficients[j] * total).to(bias.dtype) if wanted else bias.new_empty(0)

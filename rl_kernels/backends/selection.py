@@ -51,7 +51,8 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}
-_chosen: dict[tuple[Case, str], Callable[..., Any]] = {}
+_chosen: dict[tuple[str, str, torch.dtype, str], Callable[..., Any]] = {}
+_default = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 _forced: str | None = None
 
 
@@ -67,12 +68,12 @@ def registered() -> tuple[Backend, ...]:
 
 
 def requested() -> str:
-    """The backend asked for by ``use_backend``, else by ``RL_KERNELS_BACKEND``, else ``"auto"``.
+    """The backend asked for by ``use_backend``, else by ``RL_KERNELS_BACKEND`` at import, else ``"auto"``.
 
     Raises:
-        ValueError: the environment variable names none.
+        ValueError: the environment variable named none.
     """
-    return _forced or _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
+    return _forced or _known(_default, ENVIRONMENT_VARIABLE)
 
 
 def _known(name: str, source: str = "backend") -> str:
@@ -125,10 +126,9 @@ def _describe(case: Case) -> str:
 
 def kernel(op: str, activation: torch.Tensor) -> Callable[..., Any]:
     """The implementation of ``op`` for a call whose first tensor is ``activation``."""
-    case = Case(op, activation.device.type, activation.dtype)
     name = requested()
-    found = _chosen.get((case, name))
+    key = (op, activation.device.type, activation.dtype, name)
+    found = _chosen.get(key)
     if found is None:
-        found = choose(case, registered(), name).kernels[op]
-        _chosen[case, name] = found
+        found = _chosen[key] = choose(Case(*key[:3]), registered(), name).kernels[op]
     return found

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rl_kernels import _ops
-from rl_kernels._recipe import accumulate_dtype, broadcast_coefficient, mix
+from rl_kernels._recipe import accumulate_dtype, factors, mix
 
 WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 """The most memory a call takes beyond its outputs, by device type. Other devices: as the CPU."""
@@ -63,7 +63,7 @@ class _Mixer:
     def __init__(self, weights: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype, elements: int):
         compute = accumulate_dtype(weights[0].dtype)
         self.weights = weights
-        self.factors = [broadcast_coefficient(coefficients, j, weights[0].dim()) for j in range(len(weights))]
+        self.factors = factors(coefficients, weights[0].dim())
         elements = min(elements, weights[0].numel())
         self.sums = torch.empty(elements, dtype=compute, device=weights[0].device)
         self.rounded = self.sums if dtype == compute else torch.empty_like(self.sums, dtype=dtype)
@@ -239,7 +239,7 @@ def mixed_conv(
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
     if weights[0].numel() == 0 or x.numel() == 0:
-        return empty().zero_() if bias is None else empty().copy_(broadcast_coefficient(bias[None], 0, len(shape) - 1))
+        return empty().zero_() if bias is None else empty().copy_(bias.view(-1, *(1,) * len(spatial)))
     filter_elements = weights[0][0].numel()
     blocks = _channel_blocks(groups, out_channels // groups, filter_elements, _most_elements(x))
     panel = _Mixer(weights, coefficients, x.dtype, max(filter_elements, _most_elements(x)))
@@ -389,6 +389,7 @@ class _Gradients:
         """``g``, where given, is the whole of G: it becomes the gradient of the first source that wants one."""
         self.compute = accumulate_dtype(weights[0].dtype)
         self.weights, self.coefficients, self.sources_biases = weights, coefficients, biases
+        self.factors = factors(coefficients, weights[0].dim())
         self.needs_product = coefficients_mask or any(weights_mask)
         self.biases_mask = biases_mask
         host = list(weights_mask).index(True) if g is not None else None
@@ -418,15 +419,16 @@ class _Gradients:
         """Finish what the biases need: ``dy`` summed over ``dims``, all but its channels; the first is the batch."""
         if self.sources_biases is None or not (self.dots is not None or any(self.biases_mask)):
             return
-        total = torch.zeros_like(self.sources_biases[0], dtype=self.compute)
         # In runs: in half precision a CPU's sum copies what it sums to float32.
-        for some in _images(dy.shape[0], dy[:1].numel(), total):
-            total += dy[some].sum(dims, dtype=self.compute)
-        for j, bias in enumerate(self.sources_biases):
+        runs = [
+            dy[some].sum(dims, dtype=self.compute) for some in _images(dy.shape[0], dy[:1].numel(), self.coefficients)
+        ]
+        total = runs[0] if len(runs) == 1 else torch.stack(runs).sum(0)
+        for j, factor in enumerate(factors(self.coefficients, 1)):
             if self.biases_mask[j]:
-                torch.mul(total, broadcast_coefficient(self.coefficients, j, 1), out=self.dbiases[j])
+                torch.mul(total, factor, out=self.dbiases[j])
             if self.dots is not None:
-                self.dots[j] += total * bias
+                self.dots[j].addcmul_(total, self.sources_biases[j])
 
     def finish(self, g: Tensor, *index: slice) -> None:
         """Finish the panel ``index`` of every gradient. ``g`` is overwritten where it is a view of the whole G."""
@@ -436,7 +438,7 @@ class _Gradients:
             for dot, weight in zip(self.dots, self.weights, strict=True):
                 dot[index[0]] += (g * weight[index]).sum(inner)
         for j in self.wanted:
-            factor = broadcast_coefficient(self.coefficients, j, g.dim())
+            factor = self.factors[j]
             torch.mul(g, factor if factor.shape[0] == 1 else factor[index[0]], out=self.dweights[j][index])
 
     def result(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from rl_kernels import _tables
+from rl_kernels._tables import simple_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from rl_kernels.conversion.records import Plan
 
-_WIDTH = 140
-
 
 def as_text(plan: Plan) -> str:
     """The tables as plain text."""
-    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(render(plan))
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    return _tables.as_text(render(plan))
 
 
 def render(plan: Plan) -> RenderableType:
@@ -35,14 +31,6 @@ def render(plan: Plan) -> RenderableType:
     if any(block.own for block in plan.replaced):
         tables.append(_own(plan))
     return Group(*tables, _totals(plan))
-
-
-def _table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        right = column in numbers
-        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    return table
 
 
 def _heading(plan: Plan) -> Text:
@@ -65,7 +53,7 @@ def _heading(plan: Plan) -> Text:
 
 def _replaced(plan: Plan) -> Table:
     numbers = ("#", "parameters", "after")
-    table = _table("Replaced", "#", plan.level, "mixed from", "layers", "parameters", "after", numbers=numbers)
+    table = simple_table("Replaced", "#", plan.level, "mixed from", "layers", "parameters", "after", numbers=numbers)
     for block in plan.replaced:
         counts = Counter(layer.class_name for layer in block.layers)
         layers = "\n".join(f"{n} {name}" for name, n in counts.items())
@@ -75,7 +63,7 @@ def _replaced(plan: Plan) -> Table:
 
 
 def _skipped(plan: Plan) -> Table:
-    table = _table("Due, but skipped", "#", plan.level, "why", "", numbers=("#",))
+    table = simple_table("Due, but skipped", "#", plan.level, "why", "", numbers=("#",))
     for block in plan.skipped:
         table.add_row(str(block.number), block.path, block.reason, block.detail)
     return table
@@ -83,7 +71,7 @@ def _skipped(plan: Plan) -> Table:
 
 def _own(plan: Plan) -> Table:
     numbers = ("parameters",)
-    table = _table("Stays a replaced block's own", "what", "class", "in", "parameters", "why", numbers=numbers)
+    table = simple_table("Stays a replaced block's own", "what", "class", "in", "parameters", "why", numbers=numbers)
     rows: dict[tuple[str, str, str], list[tuple[int, int]]] = defaultdict(list)
     for block in plan.replaced:
         for part in block.own:
