@@ -10,7 +10,7 @@ import torch.nn.functional as aten
 from torch import Tensor, nn
 
 from rl_kernels import functional as F
-from rl_kernels.nn.sources import ReplacementLayer, copy_parameters
+from rl_kernels.nn.sources import ReplacementLayer
 
 IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -235,7 +235,6 @@ class ReplacementMultiheadAttention(ReplacementLayer):
 
     def merged(self) -> nn.MultiheadAttention:
         """An ``nn.MultiheadAttention`` that computes the same."""
-        main = self.main_weight(self._sources[0])
         names = (*IN_PROJECTIONS, "in_proj_bias", "bias_k", "bias_v")
         values = {name: getattr(self, name) for name in names}
         out = self.out_proj
@@ -252,9 +251,7 @@ class ReplacementMultiheadAttention(ReplacementLayer):
             self.batch_first,
             device="meta",
         )
-        layer = layer.to_empty(device=main.device)
-        copy_parameters(layer, values, main)
-        return layer.train(self.training)
+        return self._filled(layer, values)
 
     def extra_repr(self) -> str:
         """Sizes, sources and options, for printing."""

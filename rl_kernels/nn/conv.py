@@ -8,7 +8,7 @@ import torch.nn.functional as aten
 from torch import Tensor, nn
 
 from rl_kernels import functional as F
-from rl_kernels.nn.sources import ReplacementLayer, copy_parameters
+from rl_kernels.nn.sources import ReplacementLayer
 
 
 class _ReplacementConv(ReplacementLayer):
@@ -68,9 +68,7 @@ class _ReplacementConv(ReplacementLayer):
             self.padding_mode,
             device="meta",
         )
-        layer = layer.to_empty(device=self._sources[0].weight.device)
-        copy_parameters(layer, {"weight": self.weight, "bias": bias}, self._sources[0].weight)
-        return layer.train(self.training)
+        return self._filled(layer, {"weight": self.weight, "bias": bias})
 
     def extra_repr(self) -> str:
         """Sizes, sources and options, for printing."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rl_kernels import functional as F
-from rl_kernels.nn.sources import ReplacementLayer, copy_parameters
+from rl_kernels.nn.sources import ReplacementLayer
 
 
 class ReplacementLinear(ReplacementLayer):
@@ -33,9 +33,7 @@ class ReplacementLinear(ReplacementLayer):
         """An ``nn.Linear`` that computes the same."""
         bias = self.bias
         layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        layer = layer.to_empty(device=self._sources[0].weight.device)
-        copy_parameters(layer, {"weight": self.weight, "bias": bias}, self._sources[0].weight)
-        return layer.train(self.training)
+        return self._filled(layer, {"weight": self.weight, "bias": bias})
 
     def extra_repr(self) -> str:
         """Sizes, sources and options, for printing."""

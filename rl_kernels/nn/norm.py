@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as aten
 from torch import Tensor, nn
 
-from rl_kernels.nn.sources import ReplacementLayer, Unregistered, copy_parameters
+from rl_kernels.nn.sources import ReplacementLayer, Unregistered
 
 Affine = Literal["mixed", "own"]
 
@@ -78,11 +78,10 @@ class _ReplacementNorm(ReplacementLayer):
         layer = self._plain()
         if bias is None:
             layer.register_parameter("bias", None)
-        layer = layer.to_empty(device=self._sources[0].weight.device)
-        copy_parameters(layer, {"weight": weight, "bias": bias}, self._sources[0].weight)
+        layer = self._filled(layer, {"weight": weight, "bias": bias})
         for name, buffer in self._buffers.items():
             layer.register_buffer(name, None if buffer is None else buffer.detach().clone())
-        return layer.train(self.training)
+        return layer
 
     def _settings_repr(self) -> str:
         raise NotImplementedError

@@ -19,6 +19,7 @@ from rl_kernels.nn.coefficients import (
 )
 
 Layer = TypeVar("Layer", bound="ReplacementLayer")
+Plain = TypeVar("Plain", bound=nn.Module)
 
 
 class Unregistered:
@@ -250,17 +251,18 @@ class ReplacementLayer(nn.Module):
         """The plain torch layer that computes the same, with parameters of its own."""
         raise NotImplementedError
 
+    def _filled(self, layer: Plain, values: dict[str, Tensor | None]) -> Plain:
+        """A plain ``layer`` off the meta device, with copies of ``values``, like the sources, in this layer's mode."""
+        like = self.main_weight(self._sources[0])
+        layer.to_empty(device=like.device).to(dtype=like.dtype)
+        with torch.no_grad():
+            for name, value in values.items():
+                if value is not None:
+                    layer.get_parameter(name).copy_(value)
+        return layer.train(self.training)
+
     def extra_repr(self) -> str:
         """Sources and options, for printing."""
         borrowed = ", coefficients shared" if len(self._borrowed) else ""
         detached = f", detach={self.detach}" if self.detach else ""
         return f"sources={len(self._sources)}, granularity={self.granularity!r}{detached}{borrowed}"
-
-
-def copy_parameters(layer: nn.Module, values: dict[str, Tensor | None], like: Tensor) -> None:
-    """Set the parameters of a plain ``layer`` to copies of ``values``, in the dtype and on the device of ``like``."""
-    layer.to(device=like.device, dtype=like.dtype)
-    with torch.no_grad():
-        for name, value in values.items():
-            if value is not None:
-                layer.get_parameter(name).copy_(value)
