@@ -172,6 +172,8 @@ def _mixed_conv(
         )
     strides = _one_a_dimension("stride", stride, spatial)
     dilations = _one_a_dimension("dilation", dilation, spatial)
+    # A dilated kernel of 1 is one of 1; oneDNN crashes on some of them in bfloat16 (size 1, stride 2, padding 1).
+    dilations = [dil if size > 1 or dil < 1 else 1 for dil, size in zip(dilations, weights[0].shape[2:], strict=True)]
     batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
     if isinstance(padding, str):
         batched, pads = _pad_by_name(padding, batched, weights[0].shape[2:], strides, dilations)

@@ -66,6 +66,7 @@ def compare(
     plain: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
     spread: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Comparison]:
     """Hold tensors against the truth, beside plain torch's.
 
@@ -76,6 +77,7 @@ def compare(
         spread: by name, the root of the sum of the squared products that an element sums (float64): rounding them
             independently makes an error of the order of eps times that, which is expected of plain torch even where
             it is lucky. By default the truth itself.
+        dtype: the coarsest that the products pass through, whose eps that is; by default each tensor's own.
 
     Raises:
         AssertionError: a name, shape or dtype differs.
@@ -97,7 +99,8 @@ def compare(
         finite = bool((torch.isfinite(value) | ~reachable).all()) and bool((~torch.isfinite(value) | usual).all())
         scale = _rms(expected[reachable])
         product = expected if spread is None else spread[name].to(value.device)
-        rounding = _ROUNDING[value.dtype] * torch.finfo(value.dtype).eps * _rms(product[reachable])
+        coarsest = value.dtype if dtype is None else max(value.dtype, dtype, key=lambda d: torch.finfo(d).eps)
+        rounding = _ROUNDING[coarsest] * torch.finfo(coarsest).eps * _rms(product[reachable])
         usable = reachable & torch.isfinite(value)
         error = _rms(value.double()[usable] - expected[usable])
         baseline = max(_rms(plain[name].double()[usable] - expected[usable]), rounding)

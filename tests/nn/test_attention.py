@@ -773,7 +773,24 @@ def test_masks_of_the_layer(batch_first: bool, batched: bool, masked: str, padde
 def test_causal_hint_of_the_layer(need_weights: bool) -> None:
     layer = ReplacementMultiheadAttention(attentions(batch_first=True))
     causal = nn.Transformer.generate_square_subsequent_mask(TARGET, dtype=torch.float64)
-    assert_as_by_hand(layer, *inputs(layer), attn_mask=causal, is_causal=True, need_weights=need_weights)
+    # A mask that is not what the hint says shows which of the two is heard.
+    for mask in (causal, torch.zeros_like(causal)):
+        assert_as_by_hand(layer, *inputs(layer), attn_mask=mask, is_causal=True, need_weights=need_weights)
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["sequence first", "batch first"])
+@pytest.mark.parametrize(("kind", "rows"), [("self", [3, 1]), ("memory", [1, 2, 1]), ("cross", [1, 1, 1, 1])], ids=str)
+def test_products_of_the_layer(kind: str, rows: list[int], batch_first: bool) -> None:
+    layer = ReplacementMultiheadAttention(attentions(batch_first=batch_first))
+    with Products() as products:
+        layer(*inputs(layer, kind))
+    assert products.rows == rows
+
+
+def test_query_and_value_alone_in_common() -> None:
+    layer = ReplacementMultiheadAttention(attentions(batch_first=True))
+    query, key = leaf(BATCH, TARGET, EMBED), leaf(BATCH, TARGET, EMBED)
+    assert_as_by_hand(layer, query, key, query)
 
 
 def test_dropout_in_training_only() -> None:

@@ -78,6 +78,12 @@ def test_gradients_keep_their_precision_with_them() -> None:
     assert module.coefficients.dtype == module.coefficients.grad.dtype == torch.float32
 
 
+def test_a_cast_also_moves() -> None:
+    module = Coefficients(torch.tensor([0.3, 0.7])).to(device="meta", dtype=torch.half)
+    assert module.coefficients.is_meta
+    assert module.coefficients.dtype == torch.float32
+
+
 def test_repr() -> None:
     assert repr(Coefficients(torch.full((2,), 0.5), "convex")) == "Coefficients((2,), constraint='convex')"
 
@@ -201,10 +207,17 @@ def test_convex_fit_by_channel() -> None:
         torch.testing.assert_close(c[:, row], alone)
 
 
-def test_fit_of_equal_sources_is_the_smallest() -> None:
-    own = torch.randn(3, 4, dtype=torch.float64)
-    torch.testing.assert_close(fit([(own, [own, own])]), torch.tensor([0.5, 0.5], dtype=torch.float64))
-    torch.testing.assert_close(fit([(own, [own, own])], convex=True), torch.tensor([0.5, 0.5], dtype=torch.float64))
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("convex", [False, True], ids=["free", "convex"])
+def test_fit_of_equal_sources_shares_evenly(convex: bool, n: int) -> None:
+    """As the layers of a fresh nn.TransformerEncoder are; rounding must not pick one of them."""
+    for trial in range(8):
+        torch.manual_seed(trial)
+        source = torch.randn(3, 4, dtype=torch.float64)
+        own = source + 0.3 * torch.randn(3, 4, dtype=torch.float64)
+        c = fit([(own, [source] * n)], convex=convex)
+        torch.testing.assert_close(c, c.mean().expand(n))
+        assert not convex or float(c.sum()) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -51,8 +51,9 @@ def test_as_by_hand(dim: int, settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [2, "same", "valid"], ids=str)
 def test_padding_modes(dim: int, mode: str, padding: int | str) -> None:
-    sources = convolutions(dim, kernel_size=4, padding=padding, padding_mode=mode)
-    assert_as_by_hand(replaced(dim, sources), given(dim))
+    for settings in ({"kernel_size": 4}, {"kernel_size": 2, "dilation": 3}):
+        sources = convolutions(dim, **settings, padding=padding, padding_mode=mode)
+        assert_as_by_hand(replaced(dim, sources), given(dim))
 
 
 def test_settings_that_differ_by_dimension() -> None:

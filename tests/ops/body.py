@@ -230,7 +230,7 @@ def check(case: Case, backend: str, device: str = "cpu") -> None:
         # Every output is multilinear: on squared arguments it sums the squares of the products that it sums here.
         squares = run(case, tensors, lambda value: value.double().square())
     spread = {name: value.sqrt() for name, value in squares.items()}
-    assert_as_accurate(compare(found, plain, truth, spread), f"{backend}: {case}")
+    assert_as_accurate(compare(found, plain, truth, spread, tensors.x.dtype), f"{backend}: {case}")
     # A filter that is both contiguous and channels_last (sizes of 1) loses its strides in plain torch's mix; and in
     # three dimensions torch keeps channels_last on some devices and dtypes only.
     unclear = case.layouts[1] == "channels_last" and tensors.weights[0].is_contiguous()

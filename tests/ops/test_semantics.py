@@ -102,6 +102,15 @@ def test_conv_padding_by_name_equals_torch() -> None:
         torch.testing.assert_close(y, torch.nn.functional.conv2d(x, w, None, 1, padding, dilation))
 
 
+def test_a_dilated_kernel_of_one() -> None:
+    """In bfloat16 and channels_last plain torch 2.13 crashes the process on this one."""
+    x, w = torch.randn(2, 2, 7, 1), torch.randn(1, 2, 3, 1)
+    expected = torch.nn.functional.conv2d(x, w, None, (3, 2), (2, 1), (2, 1))
+    w = w.bfloat16().to(memory_format=torch.channels_last)
+    y = F.mixed_conv2d(x.bfloat16(), (w,), (1.0,), None, (3, 2), (2, 1), (2, 2))
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.05)
+
+
 def test_one_tensor_as_both_sources() -> None:
     x, w = torch.randn(4, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     y = F.mixed_linear(x, (w, w), (0.5, 0.25))

@@ -81,7 +81,9 @@ def test_samples(name: str, backend: str, dtype: torch.dtype) -> None:
                 kwargs,
             )
         spread = {key: value.abs().sqrt() for key, value in squares.items()}
-        assert_as_accurate(compare(found, plain, truth, spread), f"{name} {backend} {tuple(x.shape)} {rest} {kwargs}")
+        assert_as_accurate(
+            compare(found, plain, truth, spread, dtype), f"{name} {backend} {tuple(x.shape)} {rest} {kwargs}"
+        )
 
 
 @pytest.mark.parametrize("name", ["nn.functional.conv1d", "nn.functional.conv2d", "nn.functional.conv3d"])
