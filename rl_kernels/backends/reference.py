@@ -17,8 +17,9 @@ from rl_kernels._recipe import accumulate_dtype, factors, mix
 
 def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None) -> Tensor:
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
-    y = aten.linear(_ops.as_rows(x), mix(weights, coefficients, x.dtype), bias)
-    return y.reshape(*x.shape[:-1], weights[0].shape[0])
+    # torch chooses the product for a strided x by whether the weight requires a gradient, and rounds accordingly.
+    weight = mix(weights, coefficients, x.dtype).detach().requires_grad_(weights[0].requires_grad)
+    return aten.linear(x, weight, bias).contiguous()
 
 
 def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:

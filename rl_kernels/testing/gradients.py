@@ -92,7 +92,8 @@ def _double_copy(module: nn.Module) -> nn.Module:
         if isinstance(layer, ReplacementLayer):
             for source in layer.sources:  # A lone layer's sources are not its children.
                 source.double()
-            layer.coefficient_module.double()
+            for shared in layer._borrowed:
+                shared.double()
     return exact
 
 

@@ -43,6 +43,13 @@ def test_a_lone_layer_is_checked_by_its_sources_too() -> None:
     assert "output 0" in names and "gradient of input 0" in names
 
 
+def test_norms_with_affine_parameters_of_their_own() -> None:
+    prev, next = nn.LayerNorm(6), nn.LayerNorm(6)
+    layer = rnn.ReplacementLayerNorm.from_neighbours(prev, next, affine="own")
+    report = check_gradients(layer, torch.randn(3, 6), verbose=False)
+    assert "gradient of weight" in {row.name for row in report.comparisons["reference"]}
+
+
 def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     right = streamed._Gradients.finish
 
