@@ -6,6 +6,6 @@ import torch
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """Every test starts from one seed, on one thread's worth of work a worker."""
+    """Every test starts from one seed."""
     torch.manual_seed(0)
     yield

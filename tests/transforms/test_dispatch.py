@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from rl_kernels import _autograd, _ops
 from rl_kernels import functional as F
 
 
@@ -193,11 +192,15 @@ def test_a_dispatch_mode_sees_the_ops_of_double_backward() -> None:
         torch.autograd.grad(sum(g.square().sum() for g in first), args)
     assert ops.seen["rl_kernels::mixed_linear"] >= 2
     assert ops.seen["rl_kernels::mixed_linear_wgrad"] >= 2
-    assert _ops.mixed_linear.name() in ops.seen
 
 
-def test_autocast_keeps_float64_and_is_reentered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_keeps_float64() -> None:
     args = arguments(torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(*args).dtype == torch.float64
-    assert _autograd.LINEAR.forward is _ops.mixed_linear
+
+
+def test_autocast_of_half_precision_weights() -> None:
+    args = arguments(torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
+        assert linear(*args).dtype == torch.float16
