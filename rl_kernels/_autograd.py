@@ -44,6 +44,8 @@ class Family(NamedTuple):
     forward: Any
     dgrad: Any
     wgrad: Any
+    check: Callable[..., None]
+    """Raises unless the forward's arguments fit."""
     composite: Callable[..., Tensor]
     channel_dim: int
     """Where the output has its channels."""
@@ -72,8 +74,24 @@ def _conv_composite(
     return convolution(x, mix(weights, coefficients, x.dtype), bias, stride, padding, dilation, groups)
 
 
-LINEAR = Family(_ops.mixed_linear, _ops.mixed_linear_dgrad, _ops.mixed_linear_wgrad, _linear_composite, -1, False)
-CONV = Family(_ops.mixed_conv, _ops.mixed_conv_dgrad, _ops.mixed_conv_wgrad, _conv_composite, 1, True)
+LINEAR = Family(
+    _ops.mixed_linear,
+    _ops.mixed_linear_dgrad,
+    _ops.mixed_linear_wgrad,
+    _ops.check_mixed_linear,
+    _linear_composite,
+    channel_dim=-1,
+    dgrad_takes_input_size=False,
+)
+CONV = Family(
+    _ops.mixed_conv,
+    _ops.mixed_conv_dgrad,
+    _ops.mixed_conv_wgrad,
+    _ops.check_mixed_conv,
+    _conv_composite,
+    channel_dim=1,
+    dgrad_takes_input_size=True,
+)
 
 # Tracers wrap every tensor in one of the last two, and see the registered ops.
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -130,7 +148,7 @@ def mixed_forward(
         with torch.autocast(device, enabled=False):
             return mixed_forward(family, *_autocast(dtype, x, weights, biases, coefficients), geometry)
     if _needs_composite((x, coefficients, *weights, *(biases or ()))):
-        _ops.CHECKS[family.forward._schema.name.split("::")[1]](x, weights, coefficients, biases, *geometry)
+        family.check(x, weights, coefficients, biases, *geometry)
         return family.composite(x, weights, coefficients, biases, *geometry)
     if _is_observed(x):
         return family.forward(x, weights, coefficients, biases, *geometry)
@@ -207,11 +225,11 @@ def _wgrad(
     n = len(weights)
     if not (any(masks.weights) or masks.coefficients or any(masks.biases)):
         return [None] * n, None, [None] * len(masks.biases)
-    if not _is_observed(dy) and torch.is_grad_enabled() and _requires_grad(dy, x, coefficients, weights, biases):
+    if _is_observed(dy):
+        dweights, dcoefficients, dbiases = family.wgrad(dy, x, weights, coefficients, biases, *masks, *geometry)
+    elif torch.is_grad_enabled() and _requires_grad(dy, x, coefficients, weights, biases):
         flat = _Wgrad.apply(family, geometry, masks, n, dy, x, coefficients, *weights, *(biases or ()))
         dweights, dcoefficients, dbiases = flat[:n], flat[n], flat[n + 1 :]
-    elif _is_observed(dy):
-        dweights, dcoefficients, dbiases = family.wgrad(dy, x, weights, coefficients, biases, *masks, *geometry)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             dweights, dcoefficients, dbiases = family.wgrad(dy, x, weights, coefficients, biases, *masks, *geometry)

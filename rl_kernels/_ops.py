@@ -167,16 +167,16 @@ def check_mixed_linear_wgrad(
 ) -> None:
     """Raise unless the arguments fit: dy ``(*, out)``, x ``(*, in)`` with the same leading dimensions."""
     check_mixed_linear(x, weights, coefficients, biases)
-    _check_dy(dy, x, (*x.shape[:-1], weights[0].shape[0]))
+    _check_dy(dy, (*x.shape[:-1], weights[0].shape[0]), x)
     _check_masks(weights, biases, weights_mask, biases_mask)
 
 
-def _check_dy(dy: Tensor, like: Tensor, shape: Sequence[int]) -> None:
-    """Raise unless ``dy`` is the gradient of an output of ``shape``, in the dtype and place of ``like``."""
+def _check_dy(dy: Tensor, shape: Sequence[int], x: Tensor | None = None) -> None:
+    """Raise unless ``dy`` is the gradient of an output of ``shape``; in the dtype and place of ``x``, where given."""
     if tuple(dy.shape) != tuple(shape):
         raise RuntimeError(f"dy: got shape {_shape(dy)}, expected {tuple(shape)}, the shape of the output")
-    if dy.dtype != like.dtype or dy.device != like.device:
-        raise RuntimeError(f"dy: got {dy.dtype} on {dy.device}, expected {like.dtype} on {like.device}")
+    if x is not None and (dy.dtype != x.dtype or dy.device != x.device):
+        raise RuntimeError(f"dy: got {dy.dtype} on {dy.device}, expected {x.dtype} on {x.device}")
 
 
 def conv_output_size(
@@ -264,7 +264,7 @@ def check_mixed_conv_dgrad(
             f"{len(stride)} spatial sizes)"
         )
     spatial = conv_output_size(input_size[2:], weight.shape[2:], stride, padding, dilation)
-    _check_dy(dy, dy, (input_size[0], weight.shape[0], *spatial))
+    _check_dy(dy, (input_size[0], weight.shape[0], *spatial))
 
 
 def check_mixed_conv_wgrad(
@@ -285,7 +285,7 @@ def check_mixed_conv_wgrad(
     check_mixed_conv(x, weights, coefficients, biases, stride, padding, dilation, groups)
     weight = weights[0]
     spatial = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    _check_dy(dy, x, (x.shape[0], weight.shape[0], *spatial))
+    _check_dy(dy, (x.shape[0], weight.shape[0], *spatial), x)
     _check_masks(weights, biases, weights_mask, biases_mask)
 
 

@@ -14,6 +14,10 @@ AUTO = "auto"
 ENVIRONMENT_VARIABLE = "RL_KERNELS_BACKEND"
 
 
+class CannotServe(RuntimeError):
+    """The backend asked for cannot serve a call, or none can; the message says why."""
+
+
 class Case(NamedTuple):
     """What the choice depends on."""
 
@@ -91,7 +95,7 @@ def use_backend(name: str) -> Iterator[None]:
             backward pass takes the backend in force when it runs.
 
     Raises:
-        ValueError: the name is unknown. A call that the backend cannot serve raises RuntimeError and says why.
+        ValueError: the name is unknown. A call that the backend cannot serve raises CannotServe, a RuntimeError.
     """
     global _forced
     previous, _forced = _forced, _known(name)
@@ -105,19 +109,19 @@ def choose(case: Case, backends: tuple[Backend, ...], name: str = AUTO) -> Backe
     """The backend that serves ``case``.
 
     Raises:
-        RuntimeError: the one asked for cannot serve it, or none can; the message says why.
+        CannotServe: the one asked for cannot serve it, or none can.
     """
     if name != AUTO:
         backend = next(backend for backend in backends if backend.name == name)
         reason = backend.why_not(case)
         if reason is not None:
-            raise RuntimeError(f"backend {name!r} cannot serve {_describe(case)}: {reason}")
+            raise CannotServe(f"backend {name!r} cannot serve {_describe(case)}: {reason}")
         return backend
     for backend in backends:
         if backend.why_not(case) is None and backend.automatic(case) is None:
             return backend
     reasons = "; ".join(f"{backend.name}: {backend.why_not(case) or backend.automatic(case)}" for backend in backends)
-    raise RuntimeError(f"no backend serves {_describe(case)}: {reasons}")
+    raise CannotServe(f"no backend serves {_describe(case)}: {reasons}")
 
 
 def _describe(case: Case) -> str:

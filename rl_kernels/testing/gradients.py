@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_kernels._autograd import plain_torch
-from rl_kernels.backends.selection import Case, registered, use_backend
+from rl_kernels.backends.selection import CannotServe, registered, use_backend
 from rl_kernels.nn.sources import ReplacementLayer
 from rl_kernels.testing.accuracy import Comparison, assert_as_accurate, compare
 
@@ -63,6 +63,7 @@ def check_gradients(
         The report, which prints as one named RMS ratio a tensor.
 
     Raises:
+        CannotServe: a backend that was named cannot serve the module.
         AssertionError: a backend is less accurate than allowed; the message names the tensors.
         torch.autograd.gradcheck.GradcheckError: analytical and numerical gradients differ.
     """
@@ -74,10 +75,15 @@ def check_gradients(
     with plain_torch():
         truth = _values(exact, exact_inputs, trials)
         plain = _values(copy.deepcopy(module), inputs, trials)
-    for name in backends if backends is not None else _serving(inputs):
-        with use_backend(name):
-            rows = compare(_values(copy.deepcopy(module), inputs, trials), plain, truth)
-        found[name] = rows
+    for name in [backend.name for backend in registered()] if backends is None else backends:
+        try:
+            with use_backend(name):
+                values = _values(copy.deepcopy(module), inputs, trials)
+        except CannotServe:
+            if backends is not None:
+                raise
+            continue
+        found[name] = compare(values, plain, truth)
     report = Report(gradcheck, found)
     if verbose:
         print(report)
@@ -99,13 +105,6 @@ def _double_copy(module: nn.Module) -> nn.Module:
 
 def _to_double(value: Any) -> Any:
     return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _serving(inputs: Sequence[Any]) -> list[str]:
-    first = next((value for value in inputs if isinstance(value, Tensor) and value.is_floating_point()), None)
-    device, dtype = ("cpu", torch.float32) if first is None else (first.device.type, first.dtype)
-    cases = [Case(op, device, dtype) for op in ("mixed_linear", "mixed_conv")]
-    return [backend.name for backend in registered() if any(backend.why_not(case) is None for case in cases)]
 
 
 def _parameters(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -8,7 +8,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 import rl_kernels as rl
 from rl_kernels import nn as rnn
-from rl_kernels.backends import registered, streamed
+from rl_kernels.backends import registered, selection, streamed
 from rl_kernels.testing import assert_as_accurate, check_gradients, compare
 
 
@@ -86,6 +86,21 @@ def test_a_wrong_formula_fails_gradcheck() -> None:
 def test_backends_can_be_named() -> None:
     report = check_gradients(chain(), torch.randn(5, 13), gradcheck=False, backends=["reference"], verbose=False)
     assert list(report.comparisons) == ["reference"] and not report.gradcheck
+
+
+def test_a_backend_that_cannot_serve_is_left_out_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = selection.Backend("partial", "", {"mixed_conv": streamed.mixed_conv}, lambda case: None)
+    monkeypatch.setattr(selection, "_backends", {**selection._backends, "partial": partial})
+    report = check_gradients(chain(), torch.randn(5, 13), gradcheck=False, verbose=False)
+    assert list(report.comparisons) == ["streamed", "reference"]
+    with pytest.raises(selection.CannotServe, match="has no kernel for mixed_linear"):
+        check_gradients(chain(), torch.randn(5, 13), gradcheck=False, backends=["partial"], verbose=False)
+
+
+def test_integer_inputs() -> None:
+    model = nn.Sequential(nn.Embedding(7, 13), *chain(torch.bfloat16)).bfloat16()
+    report = check_gradients(model, torch.tensor([1, 5, 2]), verbose=False)
+    assert {row.name for row in report.comparisons["streamed"]} >= {"gradient of 0.weight", "gradient of 1.weight"}
 
 
 def test_compare_sees_values_names_and_infinities() -> None:
