@@ -1,0 +1,42 @@
+// The kernels of one instruction set for every pair of types, as a table of function pointers.
+
+// Calls kernel(Type of the sources, type of the activation) with the element types of a problem.
+template <class Problem, class Kernel> void with_types(const Problem &problem, const Kernel &kernel) {
+  const Type sources = problem.recipe.type;
+  switch (problem.type) {
+  case Type::float32:
+    return kernel(float{}, float{});
+  case Type::float64:
+    return kernel(double{}, double{});
+  case Type::bfloat16:
+    return sources == Type::float32 ? kernel(float{}, BFloat16{}) : kernel(BFloat16{}, BFloat16{});
+  case Type::float16:
+    return sources == Type::float32 ? kernel(float{}, Float16{}) : kernel(Float16{}, Float16{});
+  }
+}
+
+#define RLK_ENTRY(name, Problem)                                                                                       \
+  void run_##name(const Problem &problem, const Team &team) {                                                          \
+    with_types(problem,                                                                                                \
+               [&](auto source, auto activation) { name<decltype(source), decltype(activation)>(problem, team); });    \
+  }
+RLK_ENTRY(linear_forward, Linear)
+RLK_ENTRY(linear_dgrad, Linear)
+RLK_ENTRY(linear_wgrad, Linear)
+RLK_ENTRY(conv_forward, Conv)
+RLK_ENTRY(conv_dgrad, Conv)
+RLK_ENTRY(conv_wgrad, Conv)
+#undef RLK_ENTRY
+
+int64_t run_conv_partials(const Conv &problem, int threads) {
+  return problem.type == Type::float64 ? conv_partials<double>(problem, threads)
+                                       : conv_partials<float>(problem, threads);
+}
+bool run_conv_fits(const Conv &problem) {
+  return problem.type == Type::float64 ? conv_fits<double>(problem) : conv_fits<float>(problem);
+}
+
+constexpr Kernels make_table(const char *name) {
+  return {name,           run_linear_forward, run_linear_dgrad,  run_linear_wgrad, run_conv_forward,
+          run_conv_dgrad, run_conv_wgrad,     run_conv_partials, run_conv_fits};
+}

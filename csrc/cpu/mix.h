@@ -1,0 +1,165 @@
+// The recipe: the one place where W = sum_j c_j * W_j is evaluated, and where G becomes the gradients of its parts.
+
+// Terms in source order, as every backend adds them.
+template <class T> inline Vector<T> mix(const Vector<T> *sources, const Vector<T> *factors, int n) {
+  Vector<T> total = sources[0] * factors[0];
+  for (int j = 1; j < n; ++j)
+    total += sources[j] * factors[j];
+  return total;
+}
+
+// A recipe of sources of type S whose mix is rounded to X, as rows: row o holds the elements (i, t) of output channel
+// o, taps innermost unless the first source has its input channels innermost (channels_last).
+template <class S, class X> class Mixed {
+public:
+  using T = Accumulate<X>;
+
+  Mixed(const Recipe &recipe, int64_t in, int64_t taps) : recipe_(recipe), in_(in), taps_(taps) {
+    channels_inner_ = taps > 1 && recipe.in_stride[0] == 1 && recipe.tap_stride[0] == in;
+    for (int j = 0; j < recipe.sources; ++j)
+      dense_[j] = lies_as_rows(recipe.in_stride[j], recipe.tap_stride[j]);
+  }
+
+  // Whether a tensor of these strides has the elements of an output channel in the order of the rows.
+  bool lies_as_rows(int64_t in_stride, int64_t tap_stride) const {
+    return channels_inner_ ? (in_ == 1 || in_stride == 1) && tap_stride == in_
+                           : (taps_ == 1 || tap_stride == 1) && (in_ == 1 || in_stride == taps_);
+  }
+
+  int64_t row_size() const { return in_ * taps_; }
+  int sources() const { return recipe_.sources; }
+  bool channels_inner() const { return channels_inner_; }
+  T factor(int j, int64_t o) const {
+    return static_cast<const T *>(recipe_.coefficients)[j * recipe_.source_stride + o * recipe_.channel_stride];
+  }
+  // Row o of source j if its elements lie as the rows' do, else nullptr.
+  const S *dense_row(int j, int64_t o) const {
+    return dense_[j] ? static_cast<const S *>(recipe_.weight[j]) + o * recipe_.out_stride[j] : nullptr;
+  }
+  // The input channel and tap of element q of a row.
+  void place(int64_t q, int64_t &i, int64_t &t) const {
+    i = channels_inner_ ? q % in_ : q / taps_;
+    t = channels_inner_ ? q / in_ : q % taps_;
+  }
+
+  // n elements of row o from q on: of source j as stored, gathered into `gathered` where they are not dense.
+  const S *source_row(int j, int64_t o, int64_t q, int64_t n, S *gathered) const {
+    if (const S *row = dense_row(j, o))
+      return row + q;
+    const S *row = static_cast<const S *>(recipe_.weight[j]) + o * recipe_.out_stride[j];
+    int64_t i, t;
+    place(q, i, t);
+    for (int64_t l = 0; l < n; ++l) {
+      gathered[l] = row[i * recipe_.in_stride[j] + t * recipe_.tap_stride[j]];
+      if (channels_inner_) {
+        if (++i == in_)
+          i = 0, ++t;
+      } else if (++t == taps_) {
+        t = 0, ++i;
+      }
+    }
+    return gathered;
+  }
+
+  static constexpr int64_t chunk = 256;
+
+  // Mixes n elements of row o from q on into out.
+  void row(int64_t o, int64_t q, int64_t n, T *out) const {
+    Vector<T> factors[max_sources], values[max_sources];
+    const int count = recipe_.sources;
+    for (int j = 0; j < count; ++j)
+      factors[j] = broadcast(factor(j, o));
+    S gathered[max_sources][chunk];
+    for (int64_t first = 0; first < n; first += chunk) {
+      int64_t some = least(chunk, n - first), l = 0;
+      const S *rows[max_sources];
+      for (int j = 0; j < count; ++j)
+        rows[j] = source_row(j, o, q + first, some, gathered[j]);
+      T *to = out + first;
+      if (count == 2) { // Replacement Learning's case, without the loops over sources
+        for (; l + width<T> <= some; l += width<T>) {
+          values[0] = load(rows[0] + l);
+          values[1] = load(rows[1] + l);
+          store(to + l, rounded<X>(mix<T>(values, factors, 2)));
+        }
+      }
+      for (; l < some; l += width<T>) {
+        bool whole = l + width<T> <= some;
+        for (int j = 0; j < count; ++j)
+          values[j] = whole ? load(rows[j] + l) : load_part(rows[j] + l, some - l);
+        Vector<T> total = rounded<X>(mix<T>(values, factors, count));
+        if (whole)
+          store(to + l, total);
+        else
+          store_part(to + l, total, some - l);
+      }
+    }
+  }
+
+  // The mixed bias of channel o, rounded to X; 0 without biases.
+  T bias(int64_t o) const {
+    if (recipe_.bias[0] == nullptr)
+      return 0;
+    T total = 0;
+    for (int j = 0; j < recipe_.sources; ++j) {
+      T term = factor(j, o) * load_one(static_cast<const S *>(recipe_.bias[j]) + o * recipe_.bias_stride[j]);
+      total = j == 0 ? term : total + term;
+    }
+    X result;
+    store_one(&result, total);
+    return load_one(&result);
+  }
+
+private:
+  const Recipe &recipe_;
+  int64_t in_, taps_;
+  bool channels_inner_;
+  bool dense_[max_sources];
+};
+
+// Finishes row o of every gradient from the row g of G: writes c_j * G where wanted, and adds <G, W_j> to dots[j].
+template <class S, class X>
+void finish_row(const Mixed<S, X> &recipe, const Gradients &gradients, int64_t o, int64_t q, int64_t n,
+                const Accumulate<X> *g, double *dots, int64_t dots_stride) {
+  using T = Accumulate<X>;
+  constexpr int64_t chunk = Mixed<S, X>::chunk;
+  const bool dense = recipe.lies_as_rows(gradients.in_stride, gradients.tap_stride);
+  S gathered[chunk], scattered[chunk];
+  T converted[chunk];
+  for (int j = 0; j < recipe.sources(); ++j) {
+    S *out = static_cast<S *>(gradients.weight[j]);
+    if (out == nullptr && dots == nullptr)
+      continue;
+    const T factor = recipe.factor(j, o);
+    double total = 0;
+    for (int64_t first = 0; first < n; first += chunk) {
+      const int64_t some = least(chunk, n - first);
+      const T *from = g + first;
+      if (dots != nullptr) {
+        const S *row = recipe.source_row(j, o, q + first, some, gathered);
+        if constexpr (sizeof(S) == sizeof(T)) {
+          total += dot(from, row, some);
+        } else {
+          convert(row, some, converted);
+          total += dot(from, converted, some);
+        }
+      }
+      if (out != nullptr) {
+        S *to = dense ? out + o * gradients.out_stride + q + first : scattered;
+        int64_t l = 0;
+        for (; l + width<T> <= some; l += width<T>)
+          store(to + l, load(from + l) * factor);
+        if (l < some)
+          store_part(to + l, load_part(from + l, some - l) * factor, some - l);
+        if (!dense)
+          for (l = 0; l < some; ++l) {
+            int64_t i, t;
+            recipe.place(q + first + l, i, t);
+            out[o * gradients.out_stride + i * gradients.in_stride + t * gradients.tap_stride] = scattered[l];
+          }
+      }
+    }
+    if (dots != nullptr)
+      dots[j * dots_stride] += total;
+  }
+}

@@ -1,0 +1,33 @@
+// What the compiler does not make of plain vector code, for vector.h: float16 conversions by F16C, and the first n
+// elements of a vector by AVX-512's masks. Included only where these instructions are targeted.
+
+inline Vector<float> load(const Float16 *p) {
+#if RLK_VECTOR_BYTES == 64
+  return (Vector<float>)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+#else
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#endif
+}
+inline void store(Float16 *p, Vector<float> v) {
+#if RLK_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_maskz_cvtps_ph(-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+
+#if RLK_VECTOR_BYTES == 64
+#define RLK_MASKS
+inline Vector<float> load_part(const float *p, int64_t n) {
+  return (Vector<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+inline Vector<double> load_part(const double *p, int64_t n) {
+  return (Vector<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+inline void store_part(float *p, Vector<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+inline void store_part(double *p, Vector<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+}
+#endif
