@@ -7,7 +7,7 @@
 // with its channels innermost, from a strip: a piece copied so.
 
 constexpr int64_t max_taps = 1024; // of a kernel, and along one dimension
-constexpr int64_t panel_bytes = 5 << 18, strip_bytes = 160 << 10, max_strip_bytes = 3 << 18, max_pixels = 1024;
+constexpr int64_t panel_bytes = 5 << 18, strip_bytes = 192 << 10, max_strip_bytes = 1 << 20, max_pixels = 1024;
 
 // One correlation: which pixels, over the grid of taps that the lists of the three dimensions span.
 struct Phase {
@@ -86,11 +86,13 @@ struct Blocks {
   int64_t pixels() const { return images * height * width; }
 };
 
-template <class T> Blocks cut(const Phase &phase, int64_t batch, int64_t channels, int threads) {
+template <class T> Blocks cut(const Phase &phase, int64_t batch, int64_t channels, bool copied, int threads) {
   const Phase::Dimension &depth = phase.dimension[0], &height = phase.dimension[1], &width = phase.dimension[2];
+  const auto extent = [](const Phase::Dimension &along, int64_t pixels) {
+    return least(along.size + 2, (pixels - 1) * along.step + along.high() - along.low() + 1);
+  };
   const auto bytes = [&](int64_t lines, int64_t wide) {
-    return (depth.high() - depth.low() + 1) * ((lines - 1) * height.step + height.high() - height.low() + 1) *
-           ((wide - 1) * width.step + width.high() - width.low() + 1) * channels * int64_t(sizeof(T));
+    return extent(depth, 1) * extent(height, lines) * extent(width, wide) * channels * int64_t(sizeof(T));
   };
   Blocks blocks;
   blocks.width = least(width.pixels, max_pixels);
@@ -106,9 +108,10 @@ template <class T> Blocks cut(const Phase &phase, int64_t batch, int64_t channel
   blocks.images = 1;
   if (blocks.down == 1 && blocks.across == 1 && depth.pixels == 1)
     while (blocks.images < batch / threads && (blocks.images + 1) * blocks.height * blocks.width <= max_pixels &&
-           (blocks.images + 1) * bytes(blocks.height, blocks.width) <= max_strip_bytes)
+           (!copied || (blocks.images + 1) * bytes(blocks.height, blocks.width) <= max_strip_bytes))
       ++blocks.images;
   blocks.stacks = ceil_div(batch, blocks.images);
+  blocks.images = ceil_div(batch, blocks.stacks);
   blocks.count = blocks.stacks * depth.pixels * blocks.down * blocks.across;
   return blocks;
 }
@@ -283,7 +286,8 @@ void correlate(const Conv &p, const Phase &phase, const Volume &in, const Volume
   const Mixed<S, X> recipe(p.recipe, p.x.channels / p.groups, taps);
   const X *input = static_cast<const X *>(p.input);
   X *output = static_cast<X *>(p.out);
-  const Blocks blocks = cut<T>(phase, p.batch, from_channels, team.threads);
+  const Blocks blocks =
+      cut<T>(phase, p.batch, from_channels, sizeof(X) != sizeof(T) || in.channel_stride != 1, team.threads);
   const int64_t depth = phase.taps() * from_channels;
   const bool direct = sizeof(X) == sizeof(T) && out.channel_stride == 1;
   const bool has_bias = !transposed && p.recipe.bias[0] != nullptr;
@@ -426,7 +430,7 @@ template <class T> WgradPlan plan_wgrad(const Conv &p, const Phase &phase, int t
   plan.shape = outer_shape<T>(out, plan.run);
   const int64_t rows = plan.shape.rows;
   const int64_t fit = most(rows, gradient_bytes / most(1, plan.pitch * int64_t(sizeof(T))) / rows * rows);
-  const int64_t shares = cut<T>(phase, p.batch, channels, threads).count;
+  const int64_t shares = cut<T>(phase, p.batch, channels, true, threads).count;
   const int64_t count = blocks(out, least(fit, 256 / rows * rows), 8 * rows, ceil_div(threads, p.groups));
   plan.rows = round_up(ceil_div(out, count), rows);
   plan.items = ceil_div(out, plan.rows) * p.groups;
@@ -525,7 +529,7 @@ template <class S, class X> void conv_wgrad(const Conv &p, const Team &team) {
   Phase phase;
   forward_phase(p, phase);
   const Phase::Dimension &deep = phase.dimension[0], &high = phase.dimension[1], &broad = phase.dimension[2];
-  const Blocks blocks = cut<T>(phase, p.batch, channels, team.threads);
+  const Blocks blocks = cut<T>(phase, p.batch, channels, true, team.threads);
   const WgradPlan plan = plan_wgrad<T>(p, phase, team.threads);
   const int64_t size = plan.rows * plan.pitch, merged = plan.merged ? broad.taps : 1;
 

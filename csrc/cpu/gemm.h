@@ -200,15 +200,21 @@ void multiply_outer(OuterShape shape, int64_t tiles, const OuterRuns &runs, int6
 
 // Packs n columns of one row of A into tiles of `rows`: to[(tile, k, row in tile)], `steps` rows of A in all, this one
 // the k-th.
+template <int rows, class T, class X>
+inline void pack_outer_row(const X *row, int64_t n, int64_t k, int64_t steps, T *to) {
+  T *tile = to + k * rows;
+  for (; n >= rows; n -= rows, row += rows, tile += steps * rows)
+    for (int i = 0; i < rows; ++i)
+      tile[i] = load_one(row + i);
+  if (n > 0)
+    for (int i = 0; i < rows; ++i)
+      tile[i] = i < n ? load_one(row + i) : T(0);
+}
 template <class T, class X> inline void pack_outer(int rows, const X *row, int64_t n, int64_t k, int64_t steps, T *to) {
-  for (int64_t first = 0; first < n; first += rows, to += steps * rows) {
-    T *tile = to + k * rows;
-    const int64_t some = least(rows, n - first);
-    for (int64_t i = 0; i < some; ++i)
-      tile[i] = load_one(row + first + i);
-    for (int64_t i = some; i < rows; ++i)
-      tile[i] = 0;
-  }
+  if (rows == 8)
+    pack_outer_row<8>(row, n, k, steps, to);
+  else
+    pack_outer_row<6>(row, n, k, steps, to);
 }
 
 // to[c][r] = from[r][c] for `rows` rows and `columns` columns; X and Y may differ. Columns of `to` up to the next
