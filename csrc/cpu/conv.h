@@ -245,13 +245,13 @@ void pack_conv_transposed(const Mixed<S, X> &recipe, int64_t o, int64_t channels
   const int64_t wide = vectors * width<T>, in = recipe.row_size() / taps;
   for (int64_t r = 0; r < channels; ++r) {
     if (!recipe.channels_inner())
-      recipe.row(o + r, c * taps, n * taps, row);
+      recipe.row(o + r, c * taps, n * taps, row, 0);
     for (int64_t t = 0; t < taps; ++t) {
       if (place[t] < 0)
         continue;
       T *to = panel + (place[t] * channels + r) * wide;
       if (recipe.channels_inner())
-        recipe.row(o + r, t * in + c, n, to);
+        recipe.row(o + r, t * in + c, n, to, 0);
       else
         for (int64_t i = 0; i < n; ++i)
           to[i] = row[i * taps + t];

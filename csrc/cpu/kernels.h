@@ -58,11 +58,14 @@ struct Linear {
   double *dots; // wgrad: linear_dots(...) doubles of scratch
 };
 
+// So few rows of an activation that a call is bound by reading the sources.
+constexpr int64_t few_rows = 8;
+
 // wgrad finishes this many columns at once, and keeps their share of <G, W_j> apart until all are done.
 inline int64_t linear_dots_columns(size_t element_bytes) { return 4096 / int64_t(element_bytes); }
-inline int64_t linear_dots(int64_t n, int64_t k, int sources, size_t element_bytes) {
+inline int64_t linear_dots(int64_t n, int64_t k, int sources, size_t element_bytes, int threads) {
   const int64_t columns = linear_dots_columns(element_bytes);
-  return ((k + columns - 1) / columns * sources + 1) * n;
+  return (((k + columns - 1) / columns + threads) * sources + 1) * n;
 }
 
 // A tensor (batch, channels, depth, height, width) of a convolution; missing dimensions have size 1.
@@ -90,6 +93,9 @@ struct Kernels {
   void (*linear_forward)(const Linear &, const Team &);
   void (*linear_dgrad)(const Linear &, const Team &);
   void (*linear_wgrad)(const Linear &, const Team &);
+  // dgrad and wgrad in one pass over the sources, for few_rows rows at most; false, and nothing done, where the sources
+  // do not lie so.
+  bool (*linear_backward)(const Linear &, const Team &);
   void (*conv_forward)(const Conv &, const Team &);
   void (*conv_dgrad)(const Conv &, const Team &);
   void (*conv_wgrad)(const Conv &, const Team &);

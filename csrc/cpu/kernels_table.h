@@ -28,6 +28,13 @@ RLK_ENTRY(conv_dgrad, Conv)
 RLK_ENTRY(conv_wgrad, Conv)
 #undef RLK_ENTRY
 
+bool run_linear_backward(const Linear &problem, const Team &team) {
+  bool done = false;
+  with_types(problem, [&](auto source, auto activation) {
+    done = linear_backward<decltype(source), decltype(activation)>(problem, team);
+  });
+  return done;
+}
 int64_t run_conv_partials(const Conv &problem, int threads) {
   return problem.type == Type::float64 ? conv_partials<double>(problem, threads)
                                        : conv_partials<float>(problem, threads);
@@ -37,6 +44,7 @@ bool run_conv_fits(const Conv &problem) {
 }
 
 constexpr Kernels make_table(const char *name) {
-  return {name,           run_linear_forward, run_linear_dgrad,  run_linear_wgrad, run_conv_forward,
-          run_conv_dgrad, run_conv_wgrad,     run_conv_partials, run_conv_fits};
+  return {
+      name,           run_linear_forward, run_linear_dgrad,  run_linear_wgrad, run_linear_backward, run_conv_forward,
+      run_conv_dgrad, run_conv_wgrad,     run_conv_partials, run_conv_fits};
 }

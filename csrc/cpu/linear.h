@@ -17,7 +17,7 @@ void pack_transposed(const Mixed<S, X> &recipe, int64_t o, int64_t n, int64_t q,
     for (int64_t first = 0; first < size; first += chunk) {
       const int64_t length = least(chunk, size - first);
       for (int64_t i = 0; i < some; ++i)
-        recipe.row(o + v * w + i, q + first, length, rows[i]);
+        recipe.row(o + v * w + i, q + first, length, rows[i], length);
       for (int64_t l = 0; l < length; l += w) {
         Vector<T> block[w];
 #pragma GCC unroll 16
@@ -47,11 +47,14 @@ void forward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X>
       from[r][j] = recipe.dense_row(j, o + r);
       factors[r][j] = broadcast(recipe.factor(j, o + r));
     }
+  const int64_t ahead = at_once * recipe.next_row(0); // the rows that come next
   Vector<T> sums[at_once][rows] = {};
   const auto step = [&](int64_t q, auto load_weight, auto load_x) {
     Vector<T> weight[at_once];
 #pragma GCC unroll 4
     for (int r = 0; r < at_once; ++r) {
+      __builtin_prefetch(from[r][0] + q + ahead, 0, 2);
+      __builtin_prefetch(from[r][count - 1] + q + ahead, 0, 2);
       Vector<T> total = load_weight(from[r][0] + q) * factors[r][0];
       if (count == 2)
         total += load_weight(from[r][1] + q) * factors[r][1];
@@ -81,7 +84,7 @@ void forward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X>
 template <class S, class X> void linear_forward_small(const Linear &p, const Team &team) {
   using T = Accumulate<X>;
   const Mixed<S, X> recipe(p.recipe, p.k, 1);
-  const int64_t block = 8, count = ceil_div(p.n, block);
+  const int64_t block = 12, count = ceil_div(p.n, block);
   share(team, count, [&](int64_t item) {
     Scratch scratch(team);
     const T *x[most_small_rows];
@@ -111,7 +114,7 @@ template <class S, class X> void linear_forward_small(const Linear &p, const Tea
     else if (p.m <= 4)
       rows(Int<4>{}, Int<4>{});
     else if (p.m <= 8)
-      rows(Int<8>{}, Int<2>{});
+      rows(Int<8>{}, Int<3>{});
     else
       rows(Int<16>{}, Int<1>{});
   });
@@ -242,9 +245,12 @@ void dgrad_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *
       for (int i = 0; i < rows; ++i)
         scale[i][r] = broadcast(r < some ? dy[i * p.n + row] : T(0));
     }
+    const int64_t ahead = at_once * recipe.next_row(0); // the rows that come next
     const auto step = [&](int64_t l, auto load_weight, auto load_sum, auto store_sum) {
       Vector<T> weight[at_once];
       for (int r = 0; r < some; ++r) {
+        __builtin_prefetch(from[r][0] + l + ahead, 0, 2);
+        __builtin_prefetch(from[r][count - 1] + l + ahead, 0, 2);
         Vector<T> total = load_weight(from[r][0] + l) * factors[r][0];
         if (count == 2)
           total += load_weight(from[r][1] + l) * factors[r][1];
@@ -272,8 +278,6 @@ void dgrad_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *
   }
 }
 
-constexpr int64_t most_small_dgrad_rows = 8;
-
 template <class S, class X> void linear_dgrad_small(const Linear &p, const Team &team) {
   using T = Accumulate<X>;
   const Mixed<S, X> recipe(p.recipe, p.k, 1);
@@ -286,7 +290,7 @@ template <class S, class X> void linear_dgrad_small(const Linear &p, const Team 
     const int rows = p.m == 1 ? 1 : p.m <= 2 ? 2 : p.m <= 4 ? 4 : 8;
     T *spare = scratch.take<T>(rows * size);
     T *dy = scratch.take<T>(rows * p.n);
-    T *sums[most_small_dgrad_rows];
+    T *sums[few_rows];
     dx.point(0, p.m, q, sums, spare, size);
     for (int64_t i = 0; i < rows; ++i)
       if (i < p.m) {
@@ -311,7 +315,7 @@ template <class S, class X> void linear_dgrad_small(const Linear &p, const Team 
 template <class S, class X> void linear_dgrad(const Linear &p, const Team &team) {
   using T = Accumulate<X>;
   const Mixed<S, X> recipe(p.recipe, p.k, 1);
-  if (p.m <= most_small_dgrad_rows && all_dense(recipe) && p.n <= 32 << 10)
+  if (p.m <= few_rows && all_dense(recipe) && p.n <= 32 << 10)
     return linear_dgrad_small<S, X>(p, team);
   // Columns of dx are owned, in runs long enough to read the sources at full bandwidth.
   constexpr int64_t wide = panel_width<T>, depth = 1024 / sizeof(T);
@@ -337,7 +341,7 @@ template <class S, class X> void linear_dgrad(const Linear &p, const Team &team)
       for (int64_t o = 0; o < p.n; o += depth) {
         const int64_t size = least(depth, p.n - o), zero = 0;
         for (int64_t r = 0; r < size; ++r) {
-          recipe.row(o + r, q, n, row);
+          recipe.row(o + r, q, n, row, 4 * p.recipe.out_stride[0]);
           for (int64_t c = 0; c < n; c += wide) {
             const int vectors = vectors_for<T>(n - c);
             T *to = panels + c * depth + r * vectors * width<T>;
@@ -413,17 +417,40 @@ void finish_coefficients(const Recipe &sources, const Gradients &gradients, int6
   }
 }
 
+// The end of a wgrad: the blocks' shares of <G, W_j> are added in order, the biases join in.
+template <class S, class X>
+void finish_linear(const Linear &p, const Mixed<S, X> &recipe, int64_t dots_blocks, const Team &team) {
+  const int64_t stride = p.recipe.sources * p.n;
+  const bool needs_dots = p.gradients.coefficients != nullptr;
+  bool needs_sums = needs_dots && p.recipe.bias[0] != nullptr;
+  for (int j = 0; j < p.recipe.sources; ++j)
+    needs_sums |= p.gradients.bias[j] != nullptr;
+  for (int64_t block = 1; needs_dots && block < dots_blocks; ++block)
+    for (int64_t l = 0; l < stride; ++l)
+      p.dots[l] += p.dots[block * stride + l];
+  if (needs_sums) {
+    double *sums = p.dots + most(1, dots_blocks) * stride;
+    const X *dy = static_cast<const X *>(p.dy);
+    constexpr int64_t columns = 256;
+    share(team, ceil_div(p.n, columns), [&](int64_t item) {
+      const int64_t first = item * columns;
+      sum_rows(dy, p.dy_stride, p.m, first, least(columns, p.n - first), sums + first);
+    });
+    finish_biases(recipe, p.recipe, p.gradients, p.n, sums, needs_dots ? p.dots : nullptr);
+  }
+  if (needs_dots)
+    finish_coefficients<S, X>(p.recipe, p.gradients, p.n, p.dots);
+}
+
 template <class S, class X> void linear_wgrad(const Linear &p, const Team &team) {
   using T = Accumulate<X>;
   const Mixed<S, X> recipe(p.recipe, p.k, 1);
   const Gradients &gradients = p.gradients;
   const X *x = static_cast<const X *>(p.x), *dy = static_cast<const X *>(p.dy);
   const bool needs_dots = gradients.coefficients != nullptr;
-  bool needs_product = needs_dots, needs_sums = needs_dots && p.recipe.bias[0] != nullptr;
-  for (int j = 0; j < p.recipe.sources; ++j) {
+  bool needs_product = needs_dots;
+  for (int j = 0; j < p.recipe.sources; ++j)
     needs_product |= gradients.weight[j] != nullptr;
-    needs_sums |= gradients.bias[j] != nullptr;
-  }
   const int64_t stride = p.recipe.sources * p.n; // of dots, a block of columns
   const int64_t columns = linear_dots_columns(sizeof(T)), across = ceil_div(p.k, columns);
   if (needs_product) {
@@ -462,20 +489,121 @@ template <class S, class X> void linear_wgrad(const Linear &p, const Team &team)
         finish_row(recipe, gradients, o + i, q, size, g + i * pitch, needs_dots ? dots + o + i : nullptr, p.n);
       }
     });
-    if (needs_dots)
-      for (int64_t block = 1; block < across; ++block)
-        for (int64_t l = 0; l < stride; ++l)
-          p.dots[l] += p.dots[block * stride + l];
   }
-  if (needs_sums) {
-    double *sums = p.dots + across * stride;
-    constexpr int64_t columns_a_block = 256;
-    share(team, ceil_div(p.n, columns_a_block), [&](int64_t item) {
-      const int64_t first = item * columns_a_block;
-      sum_rows(dy, p.dy_stride, p.m, first, least(columns_a_block, p.n - first), sums + first);
-    });
-    finish_biases(recipe, p.recipe, gradients, p.n, sums, needs_dots ? p.dots : nullptr);
+  finish_linear<S, X>(p, recipe, needs_product ? across : 0, team);
+}
+
+// dx, dW_j and <G, W_j> of columns q..q+size for a few rows, in one pass over the sources.
+template <class S, class X, int rows>
+void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *dy, const Accumulate<X> *x,
+                  int64_t q, int64_t size, int64_t pitch, Accumulate<X> *const *dx, double *dots) {
+  using T = Accumulate<X>;
+  constexpr int at_once = 4;
+  constexpr int64_t chunk = Mixed<S, X>::chunk;
+  const int count = recipe.sources();
+  alignas(64) T g[at_once][chunk];
+  for (int64_t o = 0; o < p.n; o += at_once) {
+    const int some = int(least(at_once, p.n - o));
+    const S *from[at_once][max_sources];
+    Vector<T> factors[at_once][max_sources];
+    T scale[rows][at_once];
+    for (int r = 0; r < at_once; ++r) {
+      const int64_t row = o + (r < some ? r : 0);
+      for (int j = 0; j < count; ++j) {
+        from[r][j] = recipe.dense_row(j, row) + q;
+        factors[r][j] = broadcast(recipe.factor(j, row));
+        if (dots != nullptr && r < some)
+          dots[j * p.n + row] = 0;
+      }
+      for (int i = 0; i < rows; ++i)
+        scale[i][r] = r < some ? dy[i * p.n + row] : T(0);
+    }
+    const int64_t ahead = at_once * recipe.next_row(0); // the rows that come next
+    const auto step = [&](int64_t l, int64_t in_chunk, auto load_weight, auto load_sum, auto store_sum) {
+      Vector<T> weight[at_once], product[at_once];
+#pragma GCC unroll 4
+      for (int r = 0; r < at_once; ++r) {
+        __builtin_prefetch(from[r][0] + l + ahead, 0, 2);
+        __builtin_prefetch(from[r][count - 1] + l + ahead, 0, 2);
+        Vector<T> total = load_weight(from[r][0] + l) * factors[r][0];
+        if (count == 2)
+          total += load_weight(from[r][1] + l) * factors[r][1];
+        else
+          for (int j = 1; j < count; ++j)
+            total += load_weight(from[r][j] + l) * factors[r][j];
+        weight[r] = rounded<X>(total);
+        product[r] = Vector<T>{};
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const Vector<T> value = load(x + i * pitch + l);
+        Vector<T> total = o == 0 ? Vector<T>{} : load_sum(dx[i] + l);
+#pragma GCC unroll 4
+        for (int r = 0; r < at_once; ++r) {
+          total += scale[i][r] * weight[r];
+          product[r] += scale[i][r] * value;
+        }
+        store_sum(dx[i] + l, total);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < at_once; ++r)
+        store(g[r] + in_chunk, product[r]);
+    };
+    for (int64_t first = 0; first < size; first += chunk) {
+      const int64_t length = least(chunk, size - first);
+      int64_t l = 0;
+      for (; l + width<T> <= length; l += width<T>)
+        step(
+            first + l, l, [](const S *at) { return load(at); }, [](const T *at) { return load(at); },
+            [](T *at, Vector<T> v) { store(at, v); });
+      if (const int64_t left = length - l; left > 0)
+        step(
+            first + l, l, [=](const S *at) { return load_part(at, left); },
+            [=](const T *at) { return load_part(at, left); }, [=](T *at, Vector<T> v) { store_part(at, v, left); });
+      for (int r = 0; r < some; ++r)
+        finish_row(recipe, p.gradients, o + r, q + first, length, g[r], dots != nullptr ? dots + o + r : nullptr, p.n);
+    }
   }
-  if (needs_dots)
-    finish_coefficients<S, X>(p.recipe, gradients, p.n, p.dots);
+}
+
+template <class S, class X> bool linear_backward(const Linear &p, const Team &team) {
+  using T = Accumulate<X>;
+  const Mixed<S, X> recipe(p.recipe, p.k, 1);
+  if (p.n > 32 << 10 || !all_dense(recipe))
+    return false;
+  const int64_t columns = linear_dots_columns(sizeof(T));
+  const int64_t size = round_up(ceil_div(p.k, blocks(p.k, columns, columns / 4, team.threads)), width<T>);
+  const int64_t count = ceil_div(p.k, size);
+  const Target<T, X> dx(p.out, p.k);
+  share(team, count, [&](int64_t item) {
+    Scratch scratch(team);
+    const int64_t q = item * size, some = least(size, p.k - q);
+    const int rows = p.m == 1 ? 1 : p.m <= 2 ? 2 : p.m <= 4 ? 4 : 8;
+    T *spare = scratch.take<T>(rows * size), *x = scratch.take<T>(rows * size), *dy = scratch.take<T>(rows * p.n);
+    T *sums[few_rows];
+    dx.point(0, p.m, q, sums, spare, size);
+    for (int64_t l = 0; l < rows * size; ++l)
+      x[l] = 0;
+    for (int64_t l = 0; l < rows * p.n; ++l)
+      dy[l] = 0;
+    for (int64_t i = 0; i < p.m; ++i) {
+      convert(static_cast<const X *>(p.dy) + i * p.dy_stride, p.n, dy + i * p.n);
+      convert(static_cast<const X *>(p.x) + i * p.x_stride + q, some, x + i * size);
+    }
+    for (int64_t i = p.m; i < rows; ++i)
+      sums[i] = spare + i * size;
+    double *dots = p.gradients.coefficients != nullptr ? p.dots + item * p.recipe.sources * p.n : nullptr;
+    const auto run = [&](auto many) { backward_few<S, X, many.value>(p, recipe, dy, x, q, some, size, sums, dots); };
+    if (rows == 1)
+      run(Int<1>{});
+    else if (rows == 2)
+      run(Int<2>{});
+    else if (rows == 4)
+      run(Int<4>{});
+    else
+      run(Int<8>{});
+    dx.finish(0, p.m, q, some, spare, size);
+  });
+  finish_linear<S, X>(p, recipe, count, team);
+  return true;
 }

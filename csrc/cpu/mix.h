@@ -36,6 +36,8 @@ public:
   const S *dense_row(int j, int64_t o) const {
     return dense_[j] ? static_cast<const S *>(recipe_.weight[j]) + o * recipe_.out_stride[j] : nullptr;
   }
+  // How far the next row is from one of source j.
+  int64_t next_row(int j) const { return recipe_.out_stride[j]; }
   // The input channel and tap of element q of a row.
   void place(int64_t q, int64_t &i, int64_t &t) const {
     i = channels_inner_ ? q % in_ : q / taps_;
@@ -63,8 +65,9 @@ public:
 
   static constexpr int64_t chunk = 256;
 
-  // Mixes n elements of row o from q on into out.
-  void row(int64_t o, int64_t q, int64_t n, T *out) const {
+  // Mixes n elements of row o from q on into out, and fetches what lies `ahead` elements further in each source: what
+  // the caller will mix after some other rows, too far apart for the CPU to foresee.
+  void row(int64_t o, int64_t q, int64_t n, T *out, int64_t ahead) const {
     Vector<T> factors[max_sources], values[max_sources];
     const int count = recipe_.sources;
     for (int j = 0; j < count; ++j)
@@ -78,6 +81,8 @@ public:
       T *to = out + first;
       if (count == 2) { // Replacement Learning's case, without the loops over sources
         for (; l + width<T> <= some; l += width<T>) {
+          __builtin_prefetch(rows[0] + l + ahead, 0, 2);
+          __builtin_prefetch(rows[1] + l + ahead, 0, 2);
           values[0] = load(rows[0] + l);
           values[1] = load(rows[1] + l);
           store(to + l, rounded<X>(mix<T>(values, factors, 2)));
@@ -137,6 +142,8 @@ void finish_row(const Mixed<S, X> &recipe, const Gradients &gradients, int64_t o
       const T *from = g + first;
       if (dots != nullptr) {
         const S *row = recipe.source_row(j, o, q + first, some, gathered);
+        for (int64_t l = 0; l < some; l += 64 / int64_t(sizeof(S)))
+          __builtin_prefetch(row + l + recipe.next_row(j), 0, 2);
         if constexpr (sizeof(S) == sizeof(T)) {
           total += dot(from, row, some);
         } else {

@@ -2,12 +2,15 @@
 
 #include "kernels.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -87,19 +90,75 @@ bool is_served(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-// Fresh memory costs a page fault every 4 KiB, which for a gradient of 64 MiB takes longer than computing it. Huge
-// pages, where the system leaves them to the program, take one every 2 MiB.
-at::Tensor with_huge_pages(at::Tensor tensor) {
+// Fresh memory costs a page fault every 4 KiB, which for a gradient takes longer than computing it, and the C library
+// gives a large block back to the system each time it is freed. The gradients of large weights are therefore allocated
+// in huge pages, where the system leaves these to the program: a fault every 2 MiB. Of what is freed, up to
+// `kept_bytes` are kept for the next gradient of the same size.
+class HugePages final : public c10::Allocator {
+public:
+  static constexpr size_t page = 2 << 20, kept_bytes = 32 << 20;
+
+  c10::DataPtr allocate(size_t bytes) override {
+    const size_t size = (bytes + page - 1) / page * page;
+    void *memory = take(size);
+    if (memory == nullptr) {
+      memory = std::aligned_alloc(page, size);
+      TORCH_CHECK_WITH(OutOfMemoryError, memory, "no memory for a gradient of ", bytes, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2 << 20;
-  if (tensor.nbytes() < size_t{32} << 20) // smaller blocks are kept and handed out again by the C library
-    return tensor;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr()), end = begin + tensor.nbytes();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (last >= first + page)
-    madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE); // a hint: failing changes nothing
+      madvise(memory, bytes / page * page, MADV_HUGEPAGE); // a hint: failing changes nothing
 #endif
-  return tensor;
+    }
+    c10::profiledCPUMemoryReporter().New(memory, bytes);
+    return {memory, new Block{this, memory, size}, &release, c10::Device(c10::kCPU)};
+  }
+  void copy_data(void *to, const void *from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+
+private:
+  struct Block {
+    HugePages *owner;
+    void *memory;
+    size_t size;
+  };
+
+  void *take(size_t size) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto block = kept_.begin(); block != kept_.end(); ++block)
+      if (block->size == size) {
+        void *memory = block->memory;
+        kept_.erase(block);
+        kept_size_ -= size;
+        return memory;
+      }
+    return nullptr;
+  }
+  void give_back(const Block &block) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (kept_size_ + block.size <= kept_bytes) {
+        kept_.push_back(block);
+        kept_size_ += block.size;
+        return;
+      }
+    }
+    std::free(block.memory);
+  }
+  static void release(void *context) {
+    const std::unique_ptr<Block> block(static_cast<Block *>(context));
+    c10::profiledCPUMemoryReporter().Delete(block->memory);
+    block->owner->give_back(*block);
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> kept_;
+  size_t kept_size_ = 0;
+};
+
+at::Tensor empty_gradient(const at::Tensor &weight, at::MemoryFormat format) {
+  static HugePages &huge_pages = *new HugePages; // outlives every tensor
+  if (weight.nbytes() < HugePages::page)
+    return at::empty(weight.sizes(), weight.options().memory_format(format));
+  return at::detail::empty_generic(weight.sizes(), &huge_pages, c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   weight.scalar_type(), format);
 }
 
 // The strides of (out, in, taps) of a weight; false where the taps cannot be walked with one stride.
@@ -172,7 +231,7 @@ double multiplications(const cpu::Linear &problem) {
 at::Tensor empty_like_activation(const at::Tensor &activation, int64_t features) {
   at::DimVector sizes(activation.sizes());
   sizes.back() = features;
-  return with_huge_pages(at::empty(sizes, activation.options()));
+  return at::empty(sizes, activation.options());
 }
 
 // The outputs of a wgrad, allocated; what is not wanted is empty. Returns the pointers for the kernels.
@@ -187,7 +246,7 @@ cpu::Gradients allocate(Gradients &outputs, const Tensors &weights, const at::Te
       dweights.push_back(nothing(weights[j]));
       continue;
     }
-    dweights.push_back(with_huge_pages(at::empty(weights[j].sizes(), weights[j].options().memory_format(format))));
+    dweights.push_back(empty_gradient(weights[j], format));
     gradients.weight[j] = dweights.back().data_ptr();
     weight_strides(dweights.back(), gradients.out_stride, gradients.in_stride, gradients.tap_stride);
   }
@@ -240,8 +299,11 @@ at::Tensor mixed_linear_dgrad(const at::Tensor &dy, const Tensors &weights, cons
   return dx;
 }
 
-Gradients mixed_linear_wgrad(const at::Tensor &dy, const at::Tensor &x, const Tensors &weights,
-                             const at::Tensor &coefficients, const Biases &biases, const Wanted &wanted) {
+namespace {
+
+// wgrad, and dgrad as well where dx is given: in one pass over the sources where that is faster.
+Gradients linear_backward(const at::Tensor &dy, const at::Tensor &x, const Tensors &weights,
+                          const at::Tensor &coefficients, const Biases &biases, const Wanted &wanted, at::Tensor *dx) {
   Gradients outputs;
   const at::Tensor rows = as_rows(x), rows_dy = as_rows(dy);
   cpu::Linear problem = describe_linear(rows, weights, coefficients, biases);
@@ -251,11 +313,36 @@ Gradients mixed_linear_wgrad(const at::Tensor &dy, const at::Tensor &x, const Te
   problem.x_stride = rows.stride(0);
   problem.dy = rows_dy.data_ptr();
   problem.dy_stride = rows_dy.stride(0);
+  const cpu::Team threads = team(multiplications(problem));
   const at::Tensor dots = at::zeros(
-      {cpu::linear_dots(problem.n, problem.k, problem.recipe.sources, element_bytes(problem.recipe))}, at::kDouble);
+      {cpu::linear_dots(problem.n, problem.k, problem.recipe.sources, element_bytes(problem.recipe), threads.threads)},
+      at::kDouble);
   problem.dots = dots.data_ptr<double>();
-  kernels().linear_wgrad(problem, team(multiplications(problem)));
+  if (dx != nullptr && problem.m > 0 && problem.m <= cpu::few_rows && weights[0].numel() > 0) {
+    *dx = empty_like_activation(dy, problem.k);
+    problem.out = dx->data_ptr();
+    if (kernels().linear_backward(problem, threads))
+      return outputs;
+  }
+  kernels().linear_wgrad(problem, threads);
+  if (dx != nullptr)
+    *dx = mixed_linear_dgrad(dy, weights, coefficients);
   return outputs;
+}
+
+} // namespace
+
+Gradients mixed_linear_wgrad(const at::Tensor &dy, const at::Tensor &x, const Tensors &weights,
+                             const at::Tensor &coefficients, const Biases &biases, const Wanted &wanted) {
+  return linear_backward(dy, x, weights, coefficients, biases, wanted, nullptr);
+}
+
+std::pair<at::Tensor, Gradients> mixed_linear_backward(const at::Tensor &dy, const at::Tensor &x,
+                                                       const Tensors &weights, const at::Tensor &coefficients,
+                                                       const Biases &biases, const Wanted &wanted) {
+  at::Tensor dx;
+  Gradients gradients = linear_backward(dy, x, weights, coefficients, biases, wanted, &dx);
+  return {dx, gradients};
 }
 
 namespace {
@@ -381,8 +468,7 @@ const char *slower_conv(const at::Tensor &, const Tensors &weights, const Geomet
 at::Tensor mixed_conv(const at::Tensor &x, const Tensors &weights, const at::Tensor &coefficients, const Biases &biases,
                       const Geometry &geometry) {
   const auto &weight = weights[0];
-  at::Tensor y = with_huge_pages(
-      at::empty(output_size(x, weight, geometry), x.options().memory_format(memory_format(x, weights))));
+  at::Tensor y = at::empty(output_size(x, weight, geometry), x.options().memory_format(memory_format(x, weights)));
   if (y.numel() == 0)
     return y;
   const cpu::Team threads = team(multiplications(y, weight));
@@ -412,7 +498,7 @@ at::Tensor mixed_conv(const at::Tensor &x, const Tensors &weights, const at::Ten
 at::Tensor mixed_conv_dgrad(const at::Tensor &dy, const Tensors &weights, const at::Tensor &coefficients,
                             const std::vector<int64_t> &input_size, const Geometry &geometry) {
   const auto &weight = weights[0];
-  at::Tensor dx = with_huge_pages(at::empty(input_size, dy.options().memory_format(memory_format(dy, weights))));
+  at::Tensor dx = at::empty(input_size, dy.options().memory_format(memory_format(dy, weights)));
   if (dx.numel() == 0)
     return dx;
   if (dy.numel() == 0)
@@ -469,8 +555,9 @@ Gradients mixed_conv_wgrad(const at::Tensor &dy, const at::Tensor &x, const Tens
       problem.x_stride = pixels->stride(0);
       problem.dy = pixels_dy->data_ptr();
       problem.dy_stride = pixels_dy->stride(0);
-      const at::Tensor dots = at::zeros(
-          {cpu::linear_dots(problem.n, problem.k, problem.recipe.sources, element_bytes(problem.recipe))}, at::kDouble);
+      const at::Tensor dots = at::zeros({cpu::linear_dots(problem.n, problem.k, problem.recipe.sources,
+                                                          element_bytes(problem.recipe), threads.threads)},
+                                        at::kDouble);
       problem.dots = dots.data_ptr<double>();
       kernels().linear_wgrad(problem, threads);
       return outputs;

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace rl_kernels {
@@ -43,6 +44,10 @@ at::Tensor mixed_linear(const at::Tensor &x, const Tensors &weights, const at::T
 at::Tensor mixed_linear_dgrad(const at::Tensor &dy, const Tensors &weights, const at::Tensor &coefficients);
 Gradients mixed_linear_wgrad(const at::Tensor &dy, const at::Tensor &x, const Tensors &weights,
                              const at::Tensor &coefficients, const Biases &biases, const Wanted &wanted);
+// dgrad and wgrad together: for few rows, in one pass over the sources.
+std::pair<at::Tensor, Gradients> mixed_linear_backward(const at::Tensor &dy, const at::Tensor &x,
+                                                       const Tensors &weights, const at::Tensor &coefficients,
+                                                       const Biases &biases, const Wanted &wanted);
 
 at::Tensor mixed_conv(const at::Tensor &x, const Tensors &weights, const at::Tensor &coefficients, const Biases &biases,
                       const Geometry &geometry);
