@@ -15,7 +15,13 @@ TYPED := rl_kernels $(wildcard benchmarks)
 # Two workers of one thread each: with torch's own threads on top they would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo test test-slow test-integration lint format clean
+# What the C++ kernels for CPUs are built from; other builds of them than the environment's, in folders of their own.
+KERNELS := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+BUILD_KERNELS := $(BIN)/python setup.py --quiet build_ext
+SANITIZERS := address,undefined
+SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_samples.py tests/ops/test_opcheck.py
+
+.PHONY: help demo test test-slow test-scalar test-integration sanitize lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +34,17 @@ test: $(VENV)/.test ## run the test suite (PYTEST_ARGS is passed on)
 
 test-slow: $(VENV)/.test ## run the tests that take longer than a minute
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-scalar: $(VENV)/.test ## run the tests of the ops on a build of the C++ kernels without vector instructions
+	USE_CPP=1 RL_KERNELS_SCALAR=1 $(BUILD_KERNELS) --build-lib build/scalar
+	RL_KERNELS_EXTENSION=$(CURDIR)/build/scalar/rl_kernels $(PYTEST) tests/ops tests/cpu -k cpu $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.test ## run tests of the C++ kernels under the address and undefined-behaviour sanitizers (Linux, GCC)
+	USE_CPP=1 RL_KERNELS_SANITIZE=$(SANITIZERS) $(BUILD_KERNELS) --build-lib build/sanitize
+	RL_KERNELS_EXTENSION=$(CURDIR)/build/sanitize/rl_kernels RL_KERNELS_BACKEND=cpu OMP_NUM_THREADS=2 \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest $(SANITIZER_TESTS) -k cpu $(PYTEST_ARGS)
 
 test-integration: $(VENV)/.integration ## run the tests on torchvision, timm and transformers models
 	$(PYTEST) -m integration tests/integration $(PYTEST_ARGS)
@@ -45,6 +62,7 @@ format: $(VENV)/.dev ## format the sources and mend what ruff can mend
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output
+	rm -f rl_kernels/_C*.so rl_kernels/_build.json
 	find rl_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp a step, so that a second call does nothing and an interrupted one goes on.
@@ -53,7 +71,7 @@ $(VENV)/.torch: constraints.txt
 	$(INSTALL) torch setuptools wheel
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.integration $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo $(VENV)/.test $(VENV)/.integration $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@
 

@@ -10,6 +10,10 @@ the later ones break:
 3. compiling, exporting or tracing, or a dispatch mode is active: the registered op, one node for every observer;
 4. otherwise the lean ``Function``.
 
+Before all of them an ordinary call on the CPU is offered to the C++ extension, whose fast path is the fourth way
+without a step in Python (``csrc/autograd.cpp``). It declines whatever belongs to the first three ways, and bad
+arguments; where its backward meets any of that, it comes back to the formulas here.
+
 The set of ops is closed under differentiation. With ``W`` the recipe over ``weights``:
 
 * forward ``y = x W``: ``dx = dgrad(dy)``, and ``wgrad(dy, x)``;
@@ -33,6 +37,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from rl_kernels import _ops
+from rl_kernels._extension import EXTENSION, mixed_conv_call, mixed_linear_call
 from rl_kernels._recipe import accumulate_dtype, mix
 
 Gradients = Sequence[Tensor | None]
@@ -46,6 +51,8 @@ class Family(NamedTuple):
     wgrad: Any
     check: Callable[..., None]
     """Raises unless the forward's arguments fit."""
+    fast: Callable[..., Tensor | None]
+    """The forward's fast path; None where it declines."""
     composite: Callable[..., Tensor]
     channel_dim: int
     """Where the output has its channels."""
@@ -74,11 +81,23 @@ def _conv_composite(
     return convolution(x, mix(weights, coefficients, x.dtype), bias, stride, padding, dilation, groups)
 
 
+def _fast_conv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Tensor,
+    biases: Sequence[Tensor] | None,
+    stride: Sequence[int],
+    *geometry: Any,
+) -> Tensor | None:
+    return mixed_conv_call(x, weights, coefficients, biases, len(stride), stride, *geometry)
+
+
 LINEAR = Family(
     _ops.mixed_linear,
     _ops.mixed_linear_dgrad,
     _ops.mixed_linear_wgrad,
     _ops.check_mixed_linear,
+    mixed_linear_call,
     _linear_composite,
     channel_dim=-1,
     dgrad_takes_input_size=False,
@@ -88,6 +107,7 @@ CONV = Family(
     _ops.mixed_conv_dgrad,
     _ops.mixed_conv_wgrad,
     _ops.check_mixed_conv,
+    _fast_conv,
     _conv_composite,
     channel_dim=1,
     dgrad_takes_input_size=True,
@@ -109,12 +129,19 @@ _plain_torch = False
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside, every call takes way 2: what a user could write in plain torch. For comparisons."""
-    global _plain_torch
-    previous, _plain_torch = _plain_torch, True
+    previous = _plain_torch
+    _set_plain_torch(True)
     try:
         yield
     finally:
-        _plain_torch = previous
+        _set_plain_torch(previous)
+
+
+def _set_plain_torch(value: bool) -> None:
+    global _plain_torch
+    _plain_torch = value
+    if EXTENSION.module is not None:
+        EXTENSION.module.set_bypassed(value)
 
 
 def _needs_composite(tensors: Sequence[Tensor]) -> bool:
@@ -141,7 +168,11 @@ def mixed_forward(
     biases: Sequence[Tensor] | None,
     geometry: tuple[Any, ...] = (),
 ) -> Tensor:
-    """The forward of ``family``, by the first of the four ways that fits."""
+    """The forward of ``family``, by the first of the ways that fits."""
+    if not torch.compiler.is_compiling():
+        y = family.fast(x, weights, coefficients, biases, *geometry)
+        if y is not None:
+            return y
     device = x.device.type
     if device != "meta" and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -310,6 +341,32 @@ def _composite_gradients(
     flat = [next(found) if want else None for want in wanted]
     n = len(weights)
     return flat[0], flat[1 : n + 1], flat[n + 1], flat[n + 2 :]
+
+
+def _gradients_for_extension(
+    conv: bool,
+    dy: Tensor,
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    coefficients: Tensor,
+    biases: Sequence[Tensor] | None,
+    input_size: Sequence[int],
+    needs_x: bool,
+    weights_mask: list[bool],
+    coefficients_mask: bool,
+    biases_mask: list[bool],
+    geometry: tuple[Any, ...],
+) -> Gradients:
+    """Gradients of a forward that the extension ran, for its backward where it cannot call the kernels itself."""
+    masks = Masks(weights_mask, coefficients_mask, biases_mask)
+    dx, dweights, dcoefficients, dbiases = _forward_gradients(
+        CONV if conv else LINEAR, dy, x, weights, coefficients, biases, input_size, needs_x, masks, geometry
+    )
+    return dx, dcoefficients, *dweights, *dbiases
+
+
+if EXTENSION.module is not None:
+    EXTENSION.module.set_formulas(_gradients_for_extension)
 
 
 def _dgrad_gradients(

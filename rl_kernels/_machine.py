@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from rl_kernels._extension import EXTENSION
+
 
 def machine() -> dict[str, str | int | float | list[str]]:
     """Describe the processor, its memory (GiB), torch's threads and the GPUs; names no host and no path."""
@@ -21,6 +23,7 @@ def machine() -> dict[str, str | int | float | list[str]]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "kernels": EXTENSION.module.build_info()["capability"] if EXTENSION.module is not None else "none",
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from rl_kernels._extension import EXTENSION, HOW_TO_BUILD, is_older_than_its_sources
 from rl_kernels._machine import machine, versions
 from rl_kernels._tables import simple_table
-from rl_kernels.backends import Case, backends, registered
+from rl_kernels.backends import Case, backends, cpu, registered
 from rl_kernels.backends.selection import requested, use_backend
 from rl_kernels.nn import ReplacementConv2d, ReplacementLinear
 
@@ -86,13 +87,30 @@ def _train(backend: str, device: str) -> Step:
     return Step(backend, device, "passed", f"loss {losses[0]:.4f} to {losses[1]:.4f} in {1e3 * elapsed:.0f} ms")
 
 
+def describe_extension() -> str:
+    """The C++ extension in a line: what was built, or what is lost without it and how to build it."""
+    if EXTENSION.missing is None:
+        info = cpu.build_info()
+        options = f", options: {info['options']}" if info["options"] else ""
+        paths = ", ".join(info["capabilities"])
+        stale = f"; older than its sources: {HOW_TO_BUILD}" if is_older_than_its_sources() else ""
+        return f"built, runs on {info['capability']} (of {paths}; compiler {info['compiler']}{options}){stale}"
+    if EXTENSION.broken:
+        return f"broken: {EXTENSION.missing}"
+    return (
+        "not built: layers on a CPU run on streamed, slower, most of all in small calls; "
+        f"to build it: {HOW_TO_BUILD} with a C++ compiler"
+    )
+
+
 def diagnose(console: Console) -> bool:
-    """Print the whole report; return whether every step passed."""
+    """Print the whole report; return whether every step passed and no broken extension lies about."""
     about = simple_table("Installation", "what", "found")
     for name, version in versions("triton", "numpy", "torchvision", "timm", "transformers").items():
         about.add_row(name, version)
     for name, value in machine().items():
         about.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
+    about.add_row("C++ kernels", describe_extension(), style="bold red" if EXTENSION.broken else None)
     about.add_row("backend asked for", requested())
     console.print(about)
 
@@ -111,19 +129,20 @@ def diagnose(console: Console) -> bool:
         style = {"passed": "green", "failed": "bold red", "skipped": "dim"}[step.verdict]
         trained.add_row(step.backend, step.device, step.verdict, step.detail, style=style)
     console.print(trained)
-    return all(step.verdict != "failed" for step in steps) and any(step.verdict == "passed" for step in steps)
+    passed = all(step.verdict != "failed" for step in steps) and any(step.verdict == "passed" for step in steps)
+    return passed and not EXTENSION.broken
 
 
 @click.command("doctor")
 def doctor_command() -> None:
     """Check this installation: versions, devices, what serves what, and one training step on every backend.
 
-    The exit status is 1 if a step fails.
+    The exit status is 1 if a step fails, or if the C++ extension is there and cannot be used.
     """
     try:
         sound = diagnose(Console())
     except (RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     if not sound:
-        click.echo("Something is broken: see the failed steps above.", err=True)
+        click.echo("Something is broken: see what failed above.", err=True)
         sys.exit(1)

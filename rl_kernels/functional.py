@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as aten
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from rl_kernels import _ops
 from rl_kernels._arguments import Coefficients, as_coefficients
 from rl_kernels._attention import mixed_multi_head_attention
 from rl_kernels._autograd import CONV, LINEAR, mixed_forward
+from rl_kernels._extension import mixed_conv_call, mixed_linear_call
 from rl_kernels._recipe import mix as _mix
 
 __all__ = [
@@ -73,6 +75,10 @@ def mixed_linear(
     Returns:
         ``(*, out_features)``.
     """
+    if not torch.compiler.is_compiling():
+        y = mixed_linear_call(x, weights, coefficients, biases)
+        if y is not None:
+            return y
     return mixed_forward(LINEAR, x, weights, as_coefficients(coefficients, weights), biases)
 
 
@@ -158,6 +164,10 @@ def _mixed_conv(
     dilation: int | Sequence[int],
     groups: int,
 ) -> Tensor:
+    if not torch.compiler.is_compiling():
+        y = mixed_conv_call(x, weights, coefficients, biases, spatial, stride, padding, dilation, groups)
+        if y is not None:
+            return y
     mixing = as_coefficients(coefficients, weights)
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, expected a tensor")

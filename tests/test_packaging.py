@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -96,6 +97,51 @@ def test_the_licence_is_the_one_declared():
     assert PROJECT["project"]["license"] == "Apache-2.0"
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("setuptools")
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build_ext",
+        "--build-lib",
+        str(folder),
+        "--build-temp",
+        str(folder),
+    ]
+    everything = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=everything, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"USE_CPP": "0"}, "USE_CPP=0"),
+        ({"CXX": "no-such-compiler", "USE_CPP": ""}, "there is no C++ compiler (no-such-compiler is not on the PATH)"),
+        ({"CXX": "false", "USE_CPP": ""}, "the compiler failed:\nfalse "),
+    ],
+    ids=["skipped", "no compiler", "failing compiler"],
+)
+def test_without_the_kernels_the_package_builds_and_says_so(
+    environment: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    found = build(tmp_path, **environment)
+    assert found.returncode == 0, found.stderr
+    assert f"the C++ kernels for CPUs were not built: {reason}" in found.stderr
+    assert "To build them later" in found.stderr
+    assert not list(tmp_path.rglob("_C*"))
+
+
+def test_a_build_that_must_not_fail_fails(tmp_path: Path) -> None:
+    found = build(tmp_path, CXX="no-such-compiler", USE_CPP="1")
+    assert found.returncode != 0
+    assert "the C++ kernels were not built: there is no C++ compiler" in found.stderr
+
+
+def test_a_source_distribution_holds_the_kernels() -> None:
+    assert "graft csrc" in (ROOT / "MANIFEST.in").read_text().splitlines()
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

@@ -455,9 +455,9 @@ template <class S, class X> void linear_wgrad(const Linear &p, const Team &team)
   const int64_t columns = linear_dots_columns(sizeof(T)), across = ceil_div(p.k, columns);
   if (needs_product) {
     // G is made a block at a time, finished while it is in cache; x and dy are packed for the block, `depth` rows each.
-    constexpr int64_t depth = 1024 / sizeof(T), wide = panel_width<T>;
+    constexpr int64_t depth = 512 / sizeof(T), wide = panel_width<T>;
     const OuterShape shape{tile_rows(max_vectors), max_vectors};
-    const int64_t tallest = (p.m < 512 ? 16 : 32) * shape.rows;
+    const int64_t tallest = (p.m < 512 ? 16 : 48) * shape.rows;
     const int64_t tall = round_up(
         ceil_div(p.n, blocks(p.n, tallest, 4 * shape.rows, ceil_div(team.threads, least(team.threads, across)))),
         shape.rows);

@@ -57,7 +57,7 @@ void *scratch(size_t bytes) {
 }
 
 // Work on so few multiplications is done before a second thread has woken up.
-constexpr double serial_below = 1e5;
+constexpr double serial_below = 1e6;
 
 cpu::Team team(double multiplications) {
   const bool serial = multiplications < serial_below || at::in_parallel_region();

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rl_kernels import _ops
-from rl_kernels.backends import reference, selection, streamed
+from rl_kernels.backends import cpu, reference, selection, streamed
 from rl_kernels.backends.selection import AUTO, Backend, Case, choose, register, registered, requested
 
 __all__ = ["Backend", "Case", "Service", "Services", "backends", "register", "registered"]
@@ -23,6 +23,17 @@ def _anything(case: Case) -> str | None:
     return None
 
 
+register(
+    Backend(
+        "cpu",
+        "C++: the mix fused into the packing of each thread's panels",
+        cpu.kernels(_ops.SCHEMAS),
+        cpu.refuses,
+        refuses_call=cpu.refuses_call,
+        automatic_call=cpu.slower,
+        exceptions=lambda case: cpu.PASSED_ON if "conv" in case.op else None,
+    )
+)
 register(
     Backend(
         "streamed", "bounded panels of the mixed weight through the vendor's products", _kernels(streamed), _anything
@@ -43,6 +54,22 @@ def _implement(op: str) -> None:
 
 for _op in _ops.SCHEMAS:
     _implement(_op)
+
+
+_CPU_CASES = tuple(Case(op, "cpu", dtype) for op in _ops.SCHEMAS for dtype in cpu.DTYPES)
+
+
+def _tell_fast_path() -> None:
+    """Keep the C++ fast path to the backend in force; where the environment names none, it has to raise."""
+    try:
+        name = requested()
+    except ValueError:
+        cpu.set_serving((), forced=False)
+        return
+    cpu.set_serving(selection.served_by("cpu", name, _CPU_CASES), forced=name != AUTO)
+
+
+selection.on_change(_tell_fast_path)
 
 
 @dataclass(frozen=True)
@@ -99,8 +126,10 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
             reason = backend.why_not(case)
             serves = reason is None and backend.name == serving
             if reason is None:
-                if serves:
-                    reason = backend.summary if name == AUTO else "asked for"
+                if serves and name == AUTO:
+                    reason = "; ".join(filter(None, (backend.summary, backend.exceptions(case))))
+                elif serves:
+                    reason = "asked for"
                 elif name != AUTO:
                     reason = f"{name} is asked for"
                 else:

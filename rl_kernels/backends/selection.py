@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +39,10 @@ class Backend:
         refuses: given a case, why this backend cannot serve it; None where it can.
         automatic: given a case, why ``auto`` passes this backend over though it can serve the case; None where it does
             not.
+        refuses_call: given an op and the arguments of a call, why this backend cannot serve that call of a case that it
+            serves; None where it can. None instead of a function: it serves every call.
+        automatic_call: as ``automatic``, given an op and the arguments of a call.
+        exceptions: given a case, in a few words, which of its calls these two pass on; for people to read.
     """
 
     name: str
@@ -46,6 +50,14 @@ class Backend:
     kernels: Mapping[str, Callable[..., Any]]
     refuses: Callable[[Case], str | None]
     automatic: Callable[[Case], str | None] = lambda case: None
+    refuses_call: Callable[[str, Sequence[Any]], str | None] | None = None
+    automatic_call: Callable[[str, Sequence[Any]], str | None] | None = None
+    exceptions: Callable[[Case], str | None] = lambda case: None
+
+    @property
+    def looks_at_calls(self) -> bool:
+        """Whether a case alone does not tell that it serves a call."""
+        return self.refuses_call is not None or self.automatic_call is not None
 
     def why_not(self, case: Case) -> str | None:
         """Why this backend cannot serve ``case``; None where it can."""
@@ -53,17 +65,39 @@ class Backend:
             return f"has no kernel for {case.op}"
         return self.refuses(case)
 
+    def why_not_call(self, case: Case, arguments: Sequence[Any], automatic: bool) -> str | None:
+        """Why this backend, which serves ``case``, does not serve the call; ``automatic``: where ``auto`` asks."""
+        reason = self.refuses_call(case.op, arguments) if self.refuses_call is not None else None
+        if reason is None and automatic and self.automatic_call is not None:
+            reason = self.automatic_call(case.op, arguments)
+        return reason
+
 
 _backends: dict[str, Backend] = {}
 _chosen: dict[tuple[str, str, torch.dtype, str], Callable[..., Any]] = {}
+_served: dict[tuple[str, str, tuple[Case, ...]], tuple[Case, ...]] = {}
 _default = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 _forced: str | None = None
+_listeners: list[Callable[[], None]] = []
 
 
 def register(backend: Backend) -> None:
     """Add a backend. ``auto`` tries backends in the order of their registration: the fastest first."""
     _backends[backend.name] = backend
     _chosen.clear()
+    _served.clear()
+    _tell()
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Call ``listener`` now, and whenever another backend may be in force."""
+    _listeners.append(listener)
+    listener()
+
+
+def _tell() -> None:
+    for listener in _listeners:
+        listener()
 
 
 def registered() -> tuple[Backend, ...]:
@@ -99,29 +133,45 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced
     previous, _forced = _forced, _known(name)
+    _tell()
     try:
         yield
     finally:
         _forced = previous
+        _tell()
 
 
-def choose(case: Case, backends: tuple[Backend, ...], name: str = AUTO) -> Backend:
-    """The backend that serves ``case``.
+def choose(
+    case: Case, backends: tuple[Backend, ...], name: str = AUTO, arguments: Sequence[Any] | None = None
+) -> Backend:
+    """The backend that serves ``case``; with ``arguments``, the one that serves that call.
 
     Raises:
         CannotServe: the one asked for cannot serve it, or none can.
     """
     if name != AUTO:
         backend = next(backend for backend in backends if backend.name == name)
-        reason = backend.why_not(case)
+        reason = _passed_over(backend, case, arguments, automatic=False)
         if reason is not None:
             raise CannotServe(f"backend {name!r} cannot serve {_describe(case)}: {reason}")
         return backend
+    reasons = []
     for backend in backends:
-        if backend.why_not(case) is None and backend.automatic(case) is None:
+        reason = _passed_over(backend, case, arguments, automatic=True)
+        if reason is None:
             return backend
-    reasons = "; ".join(f"{backend.name}: {backend.why_not(case) or backend.automatic(case)}" for backend in backends)
-    raise CannotServe(f"no backend serves {_describe(case)}: {reasons}")
+        reasons.append(f"{backend.name}: {reason}")
+    raise CannotServe(f"no backend serves {_describe(case)}: {'; '.join(reasons)}")
+
+
+def _passed_over(backend: Backend, case: Case, arguments: Sequence[Any] | None, automatic: bool) -> str | None:
+    """Why ``backend`` does not serve ``case``, or not the call with ``arguments``; None where it does."""
+    reason = backend.why_not(case)
+    if reason is None and automatic:
+        reason = backend.automatic(case)
+    if reason is None and arguments is not None:
+        reason = backend.why_not_call(case, arguments, automatic)
+    return reason
 
 
 def _describe(case: Case) -> str:
@@ -134,5 +184,32 @@ def kernel(op: str, activation: torch.Tensor) -> Callable[..., Any]:
     key = (op, activation.device.type, activation.dtype, name)
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = choose(Case(*key[:3]), registered(), name).kernels[op]
+        case = Case(*key[:3])
+        backend = choose(case, registered(), name)
+        found = _chosen[key] = _by_call(case, name) if backend.looks_at_calls else backend.kernels[op]
     return found
+
+
+def _by_call(case: Case, name: str) -> Callable[..., Any]:
+    """A kernel that asks at each call who serves it."""
+
+    def run(*arguments: Any) -> Any:
+        return choose(case, registered(), name, arguments).kernels[case.op](*arguments)
+
+    return run
+
+
+def served_by(backend: str, name: str, cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """Those of ``cases`` that ``backend`` serves where ``name`` is asked for, its calls' exceptions aside."""
+    key = (backend, name, cases)
+    found = _served.get(key)
+    if found is None:
+        found = _served[key] = tuple(case for case in cases if _chosen_name(case, name) == backend)
+    return found
+
+
+def _chosen_name(case: Case, name: str) -> str | None:
+    try:
+        return choose(case, registered(), name).name
+    except CannotServe:
+        return None

@@ -42,7 +42,7 @@ def convolution(name: str, n: int, granularity: str) -> Any:
     return x, sources, (list(stride), list(padding), list(dilation), groups)
 
 
-@pytest.mark.parametrize("backend", ["reference", "streamed"])
+@pytest.mark.parametrize("backend", ["reference", "streamed", "cpu"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("batch", [(3,), (), (2, 1, 2)], ids=str)
@@ -59,7 +59,7 @@ def test_linear(batch: tuple[int, ...], n: int, granularity: str, backend: str) 
         assert gradgradcheck(run, (x, coefficients, *weights), fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["reference", "streamed"])
+@pytest.mark.parametrize("backend", ["reference", "streamed", "cpu"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("name", CONVOLUTIONS)

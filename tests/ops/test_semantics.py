@@ -154,10 +154,12 @@ def test_only_what_is_asked_for_is_computed(
     weights = [torch.randn(shape).requires_grad_(needs[2]), torch.randn(shape).requires_grad_(needs[3])]
     biases = [torch.randn(5).requires_grad_(needs[4]) for _ in range(2)]
     call = F.mixed_linear if spatial == 0 else F.mixed_conv2d
-    y = call(x, weights, coefficients, biases)
-    assert y.requires_grad == any(needs)
-    if any(needs):
-        y.sum().backward()
+    # Not the fast path, which no spy sees: tests/cpu does the same for it.
+    with rl.use_backend("streamed"):
+        y = call(x, weights, coefficients, biases)
+        assert y.requires_grad == any(needs)
+        if any(needs):
+            y.sum().backward()
     expected: list[tuple[str, Any]] = [("linear" if spatial == 0 else "conv", None)]
     expected += [("dgrad", None)] if needs[0] else []
     if any(needs[1:4]):
@@ -197,13 +199,17 @@ def test_use_backend_nests_and_restores() -> None:
     assert selection.requested() == before
 
 
-def test_unknown_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "backend: got 'cudnn', expected one of auto, streamed, reference"
+def test_unknown_backends_are_named() -> None:
+    message = "backend: got 'cudnn', expected one of auto, cpu, streamed, reference"
     with pytest.raises(ValueError, match=message), rl.use_backend("cudnn"):
         pass
-    monkeypatch.setattr(selection, "_default", "nonsense")
-    with pytest.raises(ValueError, match="RL_KERNELS_BACKEND: got 'nonsense'"):
-        F.mixed_linear(torch.randn(4, 7), (torch.randn(5, 7),), (1.0,))
+    program = (
+        "import torch, rl_kernels as rl\nrl.functional.mixed_linear(torch.randn(4, 7), (torch.randn(5, 7),), (1.0,))"
+    )
+    environment = {**os.environ, "RL_KERNELS_BACKEND": "nonsense"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "ValueError: RL_KERNELS_BACKEND: got 'nonsense'" in result.stderr
 
 
 def test_the_environment_variable_forces_a_backend() -> None:
@@ -237,10 +243,54 @@ def test_selection_is_pure_and_says_why() -> None:
     assert selection.choose(cpu, everything) is plain
     assert selection.choose(cpu._replace(device="cuda"), everything) is fast
     assert selection.choose(cpu, everything, "unsure") is unsure
+    assert selection.served_by("nothing", "auto", (cpu,)) == ()
     with pytest.raises(RuntimeError, match="backend 'fast' cannot serve mixed_linear on cpu in float32: needs a GPU"):
         selection.choose(cpu, everything, "fast")
     with pytest.raises(RuntimeError, match="unsure: not qualified here"):
         selection.choose(cpu, (fast, unsure))
+
+
+def test_selection_by_call() -> None:
+    """What a backend serves as a case it may refuse, or leave to the next, call by call."""
+    cpu = selection.Case("mixed_linear", "cpu", torch.float32)
+
+    def run(*args: Any) -> None:
+        return None
+
+    picky = selection.Backend(
+        "picky",
+        "",
+        {"mixed_linear": run},
+        lambda case: None,
+        refuses_call=lambda op, arguments: "too many" if arguments[0] > 9 else None,
+        automatic_call=lambda op, arguments: "slower on few" if arguments[0] < 3 else None,
+    )
+    plain = selection.Backend("plain", "", {"mixed_linear": run}, lambda case: None)
+    both = (picky, plain)
+    assert selection.choose(cpu, both) is picky
+    for size, automatic in ((1, plain), (5, picky), (10, plain)):
+        assert selection.choose(cpu, both, arguments=(size,)) is automatic
+    assert selection.choose(cpu, both, "picky", (1,)) is picky
+    with pytest.raises(selection.CannotServe, match=r"backend 'picky' cannot serve mixed_linear on cpu.*: too many"):
+        selection.choose(cpu, both, "picky", (10,))
+    with pytest.raises(selection.CannotServe, match=r"no backend serves .* picky: slower on few"):
+        selection.choose(cpu, (picky,), arguments=(1,))
+
+
+def test_listeners_hear_of_every_change() -> None:
+    heard: list[str] = []
+
+    def listener() -> None:
+        heard.append(selection.requested())
+
+    before = selection.requested()
+    selection.on_change(listener)
+    try:
+        with rl.use_backend("reference"), rl.use_backend("streamed"):
+            pass
+    finally:
+        selection._listeners.remove(listener)
+    assert heard == [before, "reference", "streamed", "reference", before]
 
 
 def test_backends_prints_a_table() -> None:
@@ -248,4 +298,5 @@ def test_backends_prints_a_table() -> None:
     assert len(services) == 6 * len(BACKENDS)
     text = str(services)
     assert text.splitlines()[0].split() == ["op", "device", "dtype", "backend", "serves", "why"]
-    assert "streamed comes first" in text
+    serving = next(service.backend for service in services if service.serves)
+    assert f"{serving} comes first" in text
