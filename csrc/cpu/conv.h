@@ -418,6 +418,7 @@ struct WgradPlan {
 };
 
 constexpr int64_t gradient_bytes = 5 << 18, outer_bytes = 1 << 19;
+constexpr int64_t summed_at_once = 128; // pixels, before they join the sum over all
 
 template <class T> WgradPlan plan_wgrad(const Conv &p, const Phase &phase, int threads) {
   const Phase::Dimension &broad = phase.dimension[2];
@@ -601,8 +602,13 @@ template <class S, class X> void conv_wgrad(const Conv &p, const Team &team) {
                                       (h * high.step + high.shift[j]) * strip.line +
                                       (left * broad.step + broad.shift[k]) * strip.pixel;
               }
-            multiply_outer<T>(plan.shape, some, runs, block.pixels(), a, strip.origin, 0, plan.run,
-                              g + from * plan.pitch + t / merged * plan.run_pitch, plan.pitch);
+            const int64_t lines_at_once = ceil_div(summed_at_once, runs.size), all = runs.count;
+            for (int64_t line = 0; line < all; line += lines_at_once) {
+              runs.count = least(lines_at_once, all - line);
+              multiply_outer<T>(plan.shape, some, runs, block.pixels(), a, strip.origin, 0, plan.run,
+                                g + from * plan.pitch + t / merged * plan.run_pitch, plan.pitch);
+              runs.step += runs.count, runs.offset += runs.count;
+            }
           }
         }
       }

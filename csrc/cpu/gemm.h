@@ -77,7 +77,8 @@ void tile(const Runs &runs, const T *const *a, const T *panel, const Out<T> &out
 }
 
 // The same tile where the broadcast operand is packed as [k][rows]: run r takes it from step[r] on, and the panel from
-// offset[r] on, with rows `pitch` apart. Sums are added to `out`, whose rows are `out_stride` apart.
+// offset[r] on, with rows `pitch` apart. Sums are added to `out`, whose rows are `out_stride` apart: a long sum is made
+// of short ones, which keeps its rounding error small.
 struct OuterRuns {
   int64_t count;
   const int64_t *step, *offset;
@@ -91,7 +92,7 @@ void tile_outer(const OuterRuns &runs, const T *a, const T *panel, T *out, int64
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j)
-      sums[i][j] = load(out + i * out_stride + j * width<T>);
+      sums[i][j] = Vector<T>{};
   for (int64_t r = 0; r < runs.count; ++r) {
     const T *row = panel + runs.offset[r], *elements = a + runs.step[r] * rows;
     for (int64_t k = 0; k < runs.size; ++k) {
@@ -111,8 +112,10 @@ void tile_outer(const OuterRuns &runs, const T *a, const T *panel, T *out, int64
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j)
-      store(out + i * out_stride + j * width<T>, sums[i][j]);
+    for (int j = 0; j < vectors; ++j) {
+      T *to = out + i * out_stride + j * width<T>;
+      store(to, load(to) + sums[i][j]);
+    }
 }
 
 template <class T, int vectors>

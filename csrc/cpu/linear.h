@@ -208,7 +208,7 @@ template <class S, class X> void linear_forward(const Linear &p, const Team &tea
     const int64_t begin = item / panels * rows_a_split, end = least(p.m, begin + rows_a_split);
     for (int64_t top = begin; top < end; top += tall) {
       const int64_t bottom = least(end, top + tall);
-      for (int64_t k = 0; k < p.k; k += depth) {
+      for (int64_t k = 0; k == 0 || k < p.k; k += depth) { // once for no k: the bias remains
         const int64_t size = least(depth, p.k - k), zero = 0;
         pack_transposed(recipe, o, n, k, size, vectors, panel, [](int64_t element) { return element; });
         for (int64_t m = top; m < bottom; m += row_block<T, X>) {
