@@ -208,11 +208,10 @@ bool read_geometry(PyObject *const *arguments, Call &call) {
 
 // Why a call is left to another backend; nullptr where it is not.
 const char *declined(const Tensor &activation, const Tensors &weights, const Geometry *geometry) {
-  if (geometry == nullptr)
-    return refuses_linear(activation, weights);
-  const char *reason = refuses_conv(activation, weights, *geometry);
-  return reason != nullptr || forced.load(std::memory_order_relaxed) ? reason
-                                                                     : slower_conv(activation, weights, *geometry);
+  const char *reason = geometry ? refuses_conv(activation, weights, *geometry) : refuses_linear(activation, weights);
+  if (reason != nullptr || forced.load(std::memory_order_relaxed))
+    return reason;
+  return geometry ? slower_conv(activation, weights, *geometry) : slower_linear(activation, weights);
 }
 
 bool needs_gradient(const Tensors &tensors) {

@@ -109,6 +109,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("refuses_linear", &refuses_linear);
   module.def("refuses_conv", &refuses_convolution);
+  module.def("slower_linear", &slower_linear);
   module.def("slower_conv", &slower_convolution);
 
   module.def("serving_bit", &serving_bit);

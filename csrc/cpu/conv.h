@@ -236,6 +236,15 @@ template <class T> int panel_vectors(int64_t depth, int64_t columns) {
   return vectors;
 }
 
+// In how many shares to cut `count` blocks, at most `largest` and four a thread, so that the threads end together.
+inline int64_t even_splits(int64_t count, int64_t largest, int64_t threads) {
+  int64_t best = 1, shortest = count;
+  for (int64_t splits = 2; splits <= least(least(count, largest), 4 * threads); ++splits)
+    if (const int64_t length = ceil_div(count, splits) * ceil_div(splits, threads); length <= shortest)
+      best = splits, shortest = length;
+  return best;
+}
+
 // panel[(tap's place, output channel)][input channel] for n input channels from c on, and output channels
 // o..o+channels.
 template <class S, class X>
@@ -302,9 +311,7 @@ void correlate(const Conv &p, const Phase &phase, const Volume &in, const Volume
                               ? most(1, least(least(panels, fit), panels * p.groups / team.threads))
                               : least(panels, fit);
   const int64_t shares = ceil_div(panels, at_once) * p.groups;
-  int64_t splits = least(blocks.count, most(ceil_div(team.threads, shares), least(4 * team.threads, pixels / 1200)));
-  if (splits > team.threads)
-    splits = splits / team.threads * team.threads;
+  const int64_t splits = even_splits(blocks.count, most(ceil_div(team.threads, shares), pixels / 1200), team.threads);
 
   int64_t place[max_taps]; // of the kernel's taps among the phase's
   for (int64_t t = 0; t < taps; ++t)

@@ -37,6 +37,7 @@ struct Wanted {
 const char *refuses_linear(const at::Tensor &activation, const Tensors &weights);
 const char *refuses_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry);
 // Why the vendor's kernels on mixed panels do better on a call that the kernels can compute; nullptr where they do not.
+const char *slower_linear(const at::Tensor &activation, const Tensors &weights);
 const char *slower_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry);
 
 at::Tensor mixed_linear(const at::Tensor &x, const Tensors &weights, const at::Tensor &coefficients,

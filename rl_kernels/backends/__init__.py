@@ -31,7 +31,7 @@ register(
         cpu.refuses,
         refuses_call=cpu.refuses_call,
         automatic_call=cpu.slower,
-        exceptions=lambda case: cpu.PASSED_ON if "conv" in case.op else None,
+        exceptions=cpu.exceptions,
     )
 )
 register(

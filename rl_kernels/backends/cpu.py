@@ -13,7 +13,6 @@ from rl_kernels._extension import EXTENSION
 from rl_kernels.backends.selection import Case
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PASSED_ON = "calls with few channels a group go to streamed"
 
 _C = EXTENSION.module
 
@@ -41,8 +40,16 @@ def refuses_call(op: str, arguments: Sequence[Any]) -> str | None:
 
 
 def slower(op: str, arguments: Sequence[Any]) -> str | None:
-    reason = None if "linear" in op else _C.slower_conv(*_conv(op, arguments))
+    reason = _C.slower_linear(*_recipe(op, arguments)) if "linear" in op else _C.slower_conv(*_conv(op, arguments))
     return str(reason) if reason else None
+
+
+def exceptions(case: Case) -> str | None:
+    """Which calls go to the next backend, in a few words."""
+    passed_on = ["few channels a group"] * ("conv" in case.op)
+    if case.dtype == torch.bfloat16:
+        passed_on.append("many rows, where the CPU multiplies bfloat16")
+    return f"not {' or '.join(passed_on)}" if passed_on else None
 
 
 def _recipe(op: str, arguments: Sequence[Any]) -> tuple[Any, Any]:
