@@ -41,8 +41,8 @@ class Settings:
     seed: int = 0
     warmup_calls: int = 3
     sample_seconds: float = 2e-3
-    cell_seconds: float = 20.0
-    min_rounds: int = 9
+    cell_seconds: float = 6.0
+    min_rounds: int = 7
     max_rounds: int = 40
 
     @classmethod

@@ -149,6 +149,11 @@ private:
   int64_t stride_;
 };
 
+// Into how many shares of the rows to cut `items` pieces of work that the threads cannot share out evenly.
+inline int64_t row_splits(int64_t items, int64_t rows, int64_t threads) {
+  return items % threads == 0 || items >= 4 * threads ? 1 : blocks(rows, rows, 128, threads);
+}
+
 // Rows handled at once: so many pointers are set up, and so many rows are converted, at a time.
 template <class T, class X> constexpr int64_t row_block = sizeof(X) == sizeof(T) ? 240 : 96;
 
@@ -192,35 +197,43 @@ template <class S, class X> void linear_forward(const Linear &p, const Team &tea
   const Target<T, X> y(p.out, p.n);
   // In half precision the sums stay in scratch over all of k, so that a panel is mixed once for each block of rows.
   const int64_t tall = x.converts ? 4 * row_block<T, X> : p.m;
+  // An item is a few panels side by side: y is then written, and x read, in longer pieces.
   const int64_t panels = ceil_div(p.n, wide);
-  const int64_t splits = panels >= team.threads ? 1 : blocks(p.m, p.m, 128, team.threads);
+  const int64_t group = most(1, least(least(4, panels / (2 * team.threads)),
+                                      (512 << 10) / int64_t(sizeof(T)) / wide / most(1, least(depth, p.k))));
+  const int64_t groups = ceil_div(panels, group);
+  const int64_t splits = row_splits(groups, p.m, team.threads);
   const int64_t rows_a_split = ceil_div(p.m, splits);
-  share(team, panels * splits, [&](int64_t item) {
+  share(team, groups * splits, [&](int64_t item) {
     Scratch scratch(team);
-    T *panel = scratch.take<T>(depth * wide);
+    T *packed = scratch.take<T>(group * depth * wide);
     T *converted = scratch.take<T>(x.converts ? row_block<T, X> * depth : 0);
-    T *sums = scratch.take<T>(y.converts ? tall * wide : 0);
-    const int64_t o = item % panels * wide, n = least(wide, p.n - o);
-    const int vectors = vectors_for<T>(n);
-    T bias[wide];
-    for (int64_t i = 0; i < wide; ++i)
+    T *sums = scratch.take<T>(y.converts ? tall * group * wide : 0);
+    T *bias = scratch.take<T>(group * wide);
+    const int64_t o = item % groups * group * wide, n = least(group * wide, p.n - o), pitch = group * wide;
+    for (int64_t i = 0; i < pitch; ++i)
       bias[i] = i < n ? recipe.bias(o + i) : 0;
-    const int64_t begin = item / panels * rows_a_split, end = least(p.m, begin + rows_a_split);
+    const int64_t begin = item / groups * rows_a_split, end = least(p.m, begin + rows_a_split);
     for (int64_t top = begin; top < end; top += tall) {
       const int64_t bottom = least(end, top + tall);
       for (int64_t k = 0; k == 0 || k < p.k; k += depth) { // once for no k: the bias remains
         const int64_t size = least(depth, p.k - k), zero = 0;
-        pack_transposed(recipe, o, n, k, size, vectors, panel, [](int64_t element) { return element; });
+        for (int64_t c = 0; c < n; c += wide)
+          pack_transposed(recipe, o + c, least(wide, n - c), k, size, vectors_for<T>(n - c), packed + c * depth,
+                          [](int64_t element) { return element; });
         for (int64_t m = top; m < bottom; m += row_block<T, X>) {
           const int64_t count = least(row_block<T, X>, bottom - m);
           const T *a[row_block<T, X>];
           T *to[row_block<T, X>];
           x.point(m, count, k, size, a, converted);
-          y.point(m, count, o, to, sums + (m - top) * wide, wide);
-          multiply<T>(vectors, {1, &zero, &zero, size}, count, a, panel, {to, n, k > 0, k > 0 ? nullptr : bias});
+          for (int64_t c = 0; c < n; c += wide) {
+            y.point(m, count, o + c, to, sums + (m - top) * pitch + c, pitch);
+            multiply<T>(vectors_for<T>(n - c), {1, &zero, &zero, size}, count, a, packed + c * depth,
+                        {to, least(wide, n - c), k > 0, k > 0 ? nullptr : bias + c});
+          }
         }
       }
-      y.finish(top, bottom - top, o, n, sums, wide);
+      y.finish(top, bottom - top, o, n, sums, pitch);
     }
   });
 }
@@ -324,7 +337,7 @@ template <class S, class X> void linear_dgrad(const Linear &p, const Team &team)
   const int64_t tall = dy.converts ? 2 * row_block<T, X> : p.m;
   const int64_t columns = round_up(ceil_div(p.k, blocks(p.k, 8 * wide, 4 * wide, team.threads)), wide);
   const int64_t count = ceil_div(p.k, columns);
-  const int64_t splits = count >= team.threads ? 1 : blocks(p.m, p.m, 128, team.threads);
+  const int64_t splits = row_splits(count, p.m, team.threads);
   const int64_t rows_a_split = ceil_div(p.m, splits);
   share(team, count * splits, [&](int64_t item) {
     Scratch scratch(team);
