@@ -153,6 +153,9 @@ void finish_row(const Mixed<S, X> &recipe, const Gradients &gradients, int64_t o
       }
       if (out != nullptr) {
         S *to = dense ? out + o * gradients.out_stride + q + first : scattered;
+        if (dense)
+          for (int64_t l = 0; l < some; l += 64 / int64_t(sizeof(S)))
+            __builtin_prefetch(to + l + gradients.out_stride, 1, 2);
         int64_t l = 0;
         for (; l + width<T> <= some; l += width<T>)
           store(to + l, load(from + l) * factor);

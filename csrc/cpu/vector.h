@@ -128,11 +128,14 @@ template <class X> inline Vector<Accumulate<X>> rounded(Vector<Accumulate<X>> v)
   return load(part);
 }
 
+// The sum of a vector's elements, by halves: each waits for the one before it otherwise.
 template <class T> inline T sum(Vector<T> v) {
-  T total = 0;
-  for (int l = 0; l < width<T>; ++l)
-    total += v[l];
-  return total;
+  T lanes[width<T>];
+  store(lanes, v);
+  for (int half = width<T> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l)
+      lanes[l] += lanes[l + half];
+  return lanes[0];
 }
 
 // Converts n elements to the type they are multiplied in.
