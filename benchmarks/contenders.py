@@ -19,6 +19,8 @@ FORWARD, BOTH, STEP = "forward", "forward+backward", "training step"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Relative error in the 2-norm that one layer may have."""
 TF32_TOLERANCE = 5e-3
+# A few units of a million, switched, are some thousandths of a gradient's norm.
+KINK_TOLERANCE = 1e-2
 
 
 class Wrong(RuntimeError):
@@ -150,7 +152,8 @@ def tolerance(problem: Problem) -> float:
     """The relative error allowed, in the 2-norm."""
     switches = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     tf32 = problem.x.is_cuda and problem.x.dtype == torch.float32 and switches
-    return problem.depth * (TF32_TOLERANCE if tf32 else TOLERANCE[problem.x.dtype])
+    rounding = problem.depth * (TF32_TOLERANCE if tf32 else TOLERANCE[problem.x.dtype])
+    return max(rounding, KINK_TOLERANCE) if problem.kinks else rounding
 
 
 def largest_error(

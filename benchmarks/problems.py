@@ -33,6 +33,7 @@ class Problem:
         two_products: ``a * layer(x; W1) + b * layer(x; W2)`` for every linear map, ``two_products(x, previous, next,
             a, b)``.
         depth: how many layers' roundings pile up in the output.
+        kinks: whether a rounding may switch a unit on or off (ReLU), and with it that unit's whole gradient.
     """
 
     case: Case
@@ -44,6 +45,7 @@ class Problem:
     mixed: Callable[[Tensor, Parameters, Parameters, Tensor], Tensor]
     two_products: Callable[[Tensor, Parameters, Parameters, Tensor, Tensor], Tensor]
     depth: int = 1
+    kinks: bool = False
 
 
 def build(case: Case, device: str, seed: int = 0) -> Problem:
@@ -189,4 +191,4 @@ def _block(case: BlockCase, make: _Maker) -> Problem:
 
     names = ("conv1.weight", "norm1.weight", "norm1.bias", "conv2.weight", "norm2.weight", "norm2.bias")
     x, gradient = (make(case.batch, channels, case.size, case.size, layout=layout) for _ in range(2))
-    return Problem(case, x, gradient, names, (source(), source()), plain, mixed, two_products, depth=4)
+    return Problem(case, x, gradient, names, (source(), source()), plain, mixed, two_products, depth=4, kinks=True)

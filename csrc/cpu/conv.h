@@ -558,7 +558,15 @@ template <class S, class X> void conv_wgrad(const Conv &p, const Team &team) {
     finish_row(recipe, gradients, o, 0, recipe.row_size(), row, dots, p.y.channels);
   };
 
-  if (needs_product) {
+  if (needs_product && p.product != nullptr) {
+    share(team, p.y.channels, [&](int64_t o) {
+      const T *g = static_cast<const T *>(p.product) + o * recipe.row_size();
+      double *dots = needs_dots ? p.dots + o : nullptr;
+      for (int j = 0; needs_dots && j < p.recipe.sources; ++j)
+        dots[j * p.y.channels] = 0;
+      finish_row(recipe, gradients, o, 0, recipe.row_size(), g, dots, p.y.channels);
+    });
+  } else if (needs_product) {
     share(team, plan.items * plan.splits, [&](int64_t item) {
       Scratch scratch(team);
       T *g = scratch.take<T>(size);
@@ -649,6 +657,16 @@ template <class S, class X> void conv_wgrad(const Conv &p, const Team &team) {
   }
   if (needs_dots)
     finish_coefficients<S, X>(p.recipe, gradients, p.y.channels, p.dots);
+}
+
+template <class S, class X> void conv_mix(const Conv &p, void *bias, const Team &team) {
+  using T = Accumulate<X>;
+  const Mixed<S, X> recipe(p.recipe, p.x.channels / p.groups, tap_count(p));
+  share(team, p.y.channels, [&](int64_t o) {
+    recipe.row(o, 0, recipe.row_size(), static_cast<T *>(p.out) + o * recipe.row_size(), 0);
+    if (p.recipe.bias[0] != nullptr)
+      static_cast<T *>(bias)[o] = recipe.bias(o);
+  });
 }
 
 template <class T> bool conv_fits(const Conv &p) {

@@ -84,8 +84,9 @@ struct Conv {
   const void *dy;    // wgrad
   void *out;
   Gradients gradients;
-  double *dots;   // wgrad: (sources + 1) * output channels doubles of scratch
-  void *partials; // wgrad: conv_partials bytes of scratch
+  double *dots;        // wgrad: (sources + 1) * output channels doubles of scratch
+  void *partials;      // wgrad: conv_partials bytes of scratch
+  const void *product; // wgrad: G as conv_mix lays W out, where it is there already; else nullptr
 };
 
 struct Kernels {
@@ -99,6 +100,9 @@ struct Kernels {
   void (*conv_forward)(const Conv &, const Team &);
   void (*conv_dgrad)(const Conv &, const Team &);
   void (*conv_wgrad)(const Conv &, const Team &);
+  // The mixed filter itself into `out`, (out, in, taps) or, where the first source has its input channels innermost,
+  // (out, taps, in); and the mixed bias into `bias`, if the recipe has one.
+  void (*conv_mix)(const Conv &, void *bias, const Team &);
   // Bytes of partial sums that conv_wgrad wants.
   int64_t (*conv_partials)(const Conv &, int threads);
   // Whether the convolution's pieces fit into the scratch; its kernels may be called only then.

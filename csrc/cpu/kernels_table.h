@@ -35,6 +35,11 @@ bool run_linear_backward(const Linear &problem, const Team &team) {
   });
   return done;
 }
+void run_conv_mix(const Conv &problem, void *bias, const Team &team) {
+  with_types(problem, [&](auto source, auto activation) {
+    conv_mix<decltype(source), decltype(activation)>(problem, bias, team);
+  });
+}
 int64_t run_conv_partials(const Conv &problem, int threads) {
   return problem.type == Type::float64 ? conv_partials<double>(problem, threads)
                                        : conv_partials<float>(problem, threads);
@@ -45,6 +50,6 @@ bool run_conv_fits(const Conv &problem) {
 
 constexpr Kernels make_table(const char *name) {
   return {
-      name,           run_linear_forward, run_linear_dgrad,  run_linear_wgrad, run_linear_backward, run_conv_forward,
-      run_conv_dgrad, run_conv_wgrad,     run_conv_partials, run_conv_fits};
+      name,           run_linear_forward, run_linear_dgrad, run_linear_wgrad,  run_linear_backward, run_conv_forward,
+      run_conv_dgrad, run_conv_wgrad,     run_conv_mix,     run_conv_partials, run_conv_fits};
 }

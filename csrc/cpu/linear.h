@@ -506,15 +506,26 @@ template <class S, class X> void linear_wgrad(const Linear &p, const Team &team)
   finish_linear<S, X>(p, recipe, needs_product ? across : 0, team);
 }
 
-// dx, dW_j and <G, W_j> of columns q..q+size for a few rows, in one pass over the sources.
+template <class T> constexpr int64_t strip_elements = (16 << 10) / int64_t(sizeof(T));
+
+// dx, dW_j and <G, W_j> of columns q..q+size for a few rows, in one pass over the sources. `strip` holds, for each
+// vector of columns, those of every row of x and then those of every row of dx: one stream, whatever the number of
+// rows.
 template <class S, class X, int rows>
-void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *dy, const Accumulate<X> *x,
-                  int64_t q, int64_t size, int64_t pitch, Accumulate<X> *const *dx, double *dots) {
+void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *dy, int64_t q, int64_t size,
+                  Accumulate<X> *strip, double *dots) {
   using T = Accumulate<X>;
   constexpr int at_once = 4;
-  constexpr int64_t chunk = Mixed<S, X>::chunk;
+  constexpr int64_t chunk = Mixed<S, X>::chunk, n = width<T>, pitch = 2 * rows * n;
   const int count = recipe.sources();
   alignas(64) T g[at_once][chunk];
+  for (int64_t l = 0; l < size; l += n)
+    for (int i = 0; i < rows; ++i) {
+      T *to = strip + l / n * pitch + i * n;
+      const X *from = static_cast<const X *>(p.x) + i * p.x_stride + q + l;
+      store(to, i >= p.m ? Vector<T>{} : l + n <= size ? load(from) : load_part(from, size - l));
+      store(to + rows * n, Vector<T>{});
+    }
   for (int64_t o = 0; o < p.n; o += at_once) {
     const int some = int(least(at_once, p.n - o));
     const S *from[at_once][max_sources];
@@ -525,14 +536,12 @@ void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X
       for (int j = 0; j < count; ++j) {
         from[r][j] = recipe.dense_row(j, row) + q;
         factors[r][j] = broadcast(recipe.factor(j, row));
-        if (dots != nullptr && r < some)
-          dots[j * p.n + row] = 0;
       }
       for (int i = 0; i < rows; ++i)
         scale[i][r] = r < some ? dy[i * p.n + row] : T(0);
     }
     const int64_t ahead = at_once * recipe.next_row(0); // the rows that come next
-    const auto step = [&](int64_t l, int64_t in_chunk, auto load_weight, auto load_sum, auto store_sum) {
+    const auto step = [&](int64_t l, int64_t in_chunk, auto load_weight) {
       Vector<T> weight[at_once], product[at_once];
 #pragma GCC unroll 4
       for (int r = 0; r < at_once; ++r) {
@@ -547,16 +556,17 @@ void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X
         weight[r] = rounded<X>(total);
         product[r] = Vector<T>{};
       }
+      T *x = strip + l / n * pitch, *dx = x + rows * n;
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        const Vector<T> value = load(x + i * pitch + l);
-        Vector<T> total = o == 0 ? Vector<T>{} : load_sum(dx[i] + l);
+        const Vector<T> value = load(x + i * n);
+        Vector<T> total = load(dx + i * n);
 #pragma GCC unroll 4
         for (int r = 0; r < at_once; ++r) {
           total += scale[i][r] * weight[r];
           product[r] += scale[i][r] * value;
         }
-        store_sum(dx[i] + l, total);
+        store(dx + i * n, total);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < at_once; ++r)
@@ -565,18 +575,23 @@ void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X
     for (int64_t first = 0; first < size; first += chunk) {
       const int64_t length = least(chunk, size - first);
       int64_t l = 0;
-      for (; l + width<T> <= length; l += width<T>)
-        step(
-            first + l, l, [](const S *at) { return load(at); }, [](const T *at) { return load(at); },
-            [](T *at, Vector<T> v) { store(at, v); });
+      for (; l + n <= length; l += n)
+        step(first + l, l, [](const S *at) { return load(at); });
       if (const int64_t left = length - l; left > 0)
-        step(
-            first + l, l, [=](const S *at) { return load_part(at, left); },
-            [=](const T *at) { return load_part(at, left); }, [=](T *at, Vector<T> v) { store_part(at, v, left); });
+        step(first + l, l, [=](const S *at) { return load_part(at, left); });
       for (int r = 0; r < some; ++r)
         finish_row(recipe, p.gradients, o + r, q + first, length, g[r], dots != nullptr ? dots + o + r : nullptr, p.n);
     }
   }
+  for (int64_t l = 0; l < size; l += n)
+    for (int i = 0; i < p.m; ++i) {
+      X *to = static_cast<X *>(p.out) + i * p.k + q + l;
+      const Vector<T> total = load(strip + l / n * pitch + (rows + i) * n);
+      if (l + n <= size)
+        store(to, total);
+      else
+        store_part(to, total, size - l);
+    }
 }
 
 template <class S, class X> bool linear_backward(const Linear &p, const Team &team) {
@@ -584,29 +599,29 @@ template <class S, class X> bool linear_backward(const Linear &p, const Team &te
   const Mixed<S, X> recipe(p.recipe, p.k, 1);
   if (p.n > 32 << 10 || !all_dense(recipe))
     return false;
+  const int rows = p.m == 1 ? 1 : p.m <= 2 ? 2 : p.m <= 4 ? 4 : 8;
   const int64_t columns = linear_dots_columns(sizeof(T));
   const int64_t size = round_up(ceil_div(p.k, blocks(p.k, columns, columns / 4, team.threads)), width<T>);
   const int64_t count = ceil_div(p.k, size);
-  const Target<T, X> dx(p.out, p.k);
   share(team, count, [&](int64_t item) {
     Scratch scratch(team);
-    const int64_t q = item * size, some = least(size, p.k - q);
-    const int rows = p.m == 1 ? 1 : p.m <= 2 ? 2 : p.m <= 4 ? 4 : 8;
-    T *spare = scratch.take<T>(rows * size), *x = scratch.take<T>(rows * size), *dy = scratch.take<T>(rows * p.n);
-    T *sums[few_rows];
-    dx.point(0, p.m, q, sums, spare, size);
-    for (int64_t l = 0; l < rows * size; ++l)
-      x[l] = 0;
-    for (int64_t l = 0; l < rows * p.n; ++l)
-      dy[l] = 0;
-    for (int64_t i = 0; i < p.m; ++i) {
-      convert(static_cast<const X *>(p.dy) + i * p.dy_stride, p.n, dy + i * p.n);
-      convert(static_cast<const X *>(p.x) + i * p.x_stride + q, some, x + i * size);
-    }
-    for (int64_t i = p.m; i < rows; ++i)
-      sums[i] = spare + i * size;
+    const int64_t begin = item * size, end = least(p.k, begin + size);
+    // A strip stays in the first cache while the sources pass by.
+    const int64_t strips = ceil_div(size, strip_elements<T> / (2 * rows)),
+                  wide = round_up(ceil_div(size, strips), width<T>);
+    T *strip = scratch.take<T>(2 * rows * wide), *dy = scratch.take<T>(rows * p.n);
+    for (int64_t i = 0; i < rows; ++i)
+      if (i < p.m)
+        convert(static_cast<const X *>(p.dy) + i * p.dy_stride, p.n, dy + i * p.n);
+      else
+        __builtin_memset(dy + i * p.n, 0, size_t(p.n) * sizeof(T));
     double *dots = p.gradients.coefficients != nullptr ? p.dots + item * p.recipe.sources * p.n : nullptr;
-    const auto run = [&](auto many) { backward_few<S, X, many.value>(p, recipe, dy, x, q, some, size, sums, dots); };
+    for (int64_t l = 0; dots != nullptr && l < p.recipe.sources * p.n; ++l)
+      dots[l] = 0;
+    const auto run = [&](auto many) {
+      for (int64_t q = begin; q < end; q += wide)
+        backward_few<S, X, many.value>(p, recipe, dy, q, least(wide, end - q), strip, dots);
+    };
     if (rows == 1)
       run(Int<1>{});
     else if (rows == 2)
@@ -615,7 +630,6 @@ template <class S, class X> bool linear_backward(const Linear &p, const Team &te
       run(Int<4>{});
     else
       run(Int<8>{});
-    dx.finish(0, p.m, q, some, spare, size);
   });
   finish_linear<S, X>(p, recipe, count, team);
   return true;

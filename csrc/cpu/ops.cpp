@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -224,8 +225,9 @@ cpu::Linear describe_linear(const at::Tensor &rows, const Tensors &weights, cons
   return problem;
 }
 
+// With few rows reading the sources takes as long as some multiplications would.
 double multiplications(const cpu::Linear &problem) {
-  return double(problem.m ? problem.m : 1) * double(problem.n) * double(problem.k);
+  return double(std::max(problem.m, cpu::few_rows)) * double(problem.n) * double(problem.k);
 }
 
 at::Tensor empty_like_activation(const at::Tensor &activation, int64_t features) {
@@ -479,8 +481,87 @@ const char *refuses_conv(const at::Tensor &activation, const Tensors &weights, c
   return kernels().conv_fits(problem) ? nullptr : "a filter's piece outgrows its scratch";
 }
 
+namespace {
+
+// Few channels a group leave the kernels' vectors half empty.
+bool narrow_groups(const at::Tensor &activation, const at::Tensor &weight, const Geometry &geometry) {
+  return geometry.groups > 1 && weight.size(0) / geometry.groups < (activation.scalar_type() == at::kDouble ? 8 : 16);
+}
+
+// Filters of few channels a group are small: up to this size one is mixed whole, for the vendor's convolution.
+constexpr int64_t whole_filter_bytes = 1 << 20;
+
+// The vendor's convolution on a filter mixed here, in float32.
+class WholeFilter {
+public:
+  static bool serves(const at::Tensor &activation, const at::Tensor &weight, const Geometry &geometry) {
+    return narrow_groups(activation, weight, geometry) && int64_t(weight.nbytes()) <= whole_filter_bytes &&
+           activation.scalar_type() == at::kFloat && activation.numel() != 0 && weight.numel() != 0;
+  }
+
+  WholeFilter(const Tensors &weights, const at::Tensor &coefficients, const Biases &biases, const Geometry &geometry)
+      : geometry_(geometry), output_padding_(geometry.stride.size(), 0), filter_(empty(weights[0])) {
+    const at::Tensor &weight = weights[0];
+    if (biases)
+      bias_ = at::empty({weight.size(0)}, weight.options());
+    cpu::Conv problem = describe_conv(weight, weight, geometry);
+    problem.recipe = describe(weights, coefficients, biases);
+    problem.x.channels = weight.size(1) * geometry.groups, problem.y.channels = weight.size(0);
+    problem.out = filter_.data_ptr();
+    kernels().conv_mix(problem, biases ? bias_.data_ptr() : nullptr, team(double(weight.numel())));
+  }
+
+  at::Tensor forward(const at::Tensor &x) const {
+    const std::optional<at::Tensor> bias = bias_.defined() ? std::optional(bias_) : std::nullopt;
+    return at::convolution(x, filter_, bias, geometry_.stride, geometry_.padding, geometry_.dilation, false,
+                           output_padding_, geometry_.groups);
+  }
+
+  // As a convolution transposed: that needs no stand-in for x, which the vendor would copy.
+  at::Tensor dgrad(const at::Tensor &dy, const std::vector<int64_t> &input_size) const {
+    std::vector<int64_t> output_padding;
+    for (size_t d = 0; d < geometry_.stride.size(); ++d)
+      output_padding.push_back(input_size[d + 2] -
+                               ((dy.size(int64_t(d) + 2) - 1) * geometry_.stride[d] - 2 * geometry_.padding[d] +
+                                geometry_.dilation[d] * (filter_.size(int64_t(d) + 2) - 1) + 1));
+    return at::convolution(dy, filter_, std::nullopt, geometry_.stride, geometry_.padding, geometry_.dilation, true,
+                           output_padding, geometry_.groups);
+  }
+
+  // G, laid out as the kernels' conv_mix lays the filter out.
+  static at::Tensor wgrad(const at::Tensor &dy, const at::Tensor &x, const at::Tensor &weight,
+                          const Geometry &geometry) {
+    const at::Tensor like = empty(weight);
+    const std::vector<int64_t> output_padding(geometry.stride.size(), 0);
+    const at::Tensor g = std::get<1>(at::convolution_backward(dy, x, like, std::nullopt, geometry.stride,
+                                                              geometry.padding, geometry.dilation, false,
+                                                              output_padding, geometry.groups, {false, true, false}));
+    return g.strides() == like.strides() ? g : like.copy_(g);
+  }
+
+private:
+  // A filter whose rows lie as those of the recipe do.
+  static at::Tensor empty(const at::Tensor &weight) {
+    int64_t out, in, tap;
+    weight_strides(weight, out, in, tap);
+    const int64_t channels = weight.size(1), taps = weight.numel() / (weight.size(0) * channels);
+    at::DimVector sizes(weight.sizes());
+    if (taps == 1 || in != 1 || tap != channels)
+      return at::empty(sizes, weight.options());
+    sizes.erase(sizes.begin() + 1);
+    sizes.push_back(channels);
+    return at::empty(sizes, weight.options()).movedim(-1, 1);
+  }
+
+  const Geometry &geometry_;
+  std::vector<int64_t> output_padding_;
+  at::Tensor filter_, bias_;
+};
+
+} // namespace
+
 const char *slower_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry) {
-  if (geometry.groups > 1 && weights[0].size(0) / geometry.groups < 8)
+  if (narrow_groups(activation, weights[0], geometry) && !WholeFilter::serves(activation, weights[0], geometry))
     return "few channels a group";
   const int64_t channels = activation.size(1);
   return slower_in_bfloat16(activation, channels ? activation.numel() / channels : 0);
@@ -489,7 +570,10 @@ const char *slower_conv(const at::Tensor &activation, const Tensors &weights, co
 at::Tensor mixed_conv(const at::Tensor &x, const Tensors &weights, const at::Tensor &coefficients, const Biases &biases,
                       const Geometry &geometry) {
   const auto &weight = weights[0];
-  at::Tensor y = at::empty(output_size(x, weight, geometry), x.options().memory_format(memory_format(x, weights)));
+  const auto format = memory_format(x, weights);
+  if (WholeFilter::serves(x, weight, geometry))
+    return WholeFilter(weights, coefficients, biases, geometry).forward(x).contiguous(format);
+  at::Tensor y = at::empty(output_size(x, weight, geometry), x.options().memory_format(format));
   if (y.numel() == 0)
     return y;
   const cpu::Team threads = team(multiplications(y, weight));
@@ -519,7 +603,10 @@ at::Tensor mixed_conv(const at::Tensor &x, const Tensors &weights, const at::Ten
 at::Tensor mixed_conv_dgrad(const at::Tensor &dy, const Tensors &weights, const at::Tensor &coefficients,
                             const std::vector<int64_t> &input_size, const Geometry &geometry) {
   const auto &weight = weights[0];
-  at::Tensor dx = at::empty(input_size, dy.options().memory_format(memory_format(dy, weights)));
+  const auto format = memory_format(dy, weights);
+  if (WholeFilter::serves(dy, weight, geometry))
+    return WholeFilter(weights, coefficients, std::nullopt, geometry).dgrad(dy, input_size).contiguous(format);
+  at::Tensor dx = at::empty(input_size, dy.options().memory_format(format));
   if (dx.numel() == 0)
     return dx;
   if (dy.numel() == 0)
@@ -592,8 +679,14 @@ Gradients mixed_conv_wgrad(const at::Tensor &dy, const at::Tensor &x, const Tens
   problem.dy = dy.data_ptr();
   const at::Tensor dots = at::zeros({(problem.recipe.sources + 1) * problem.y.channels}, at::kDouble);
   problem.dots = dots.data_ptr<double>();
-  const at::Tensor partials = at::empty({kernels().conv_partials(problem, threads.threads)}, at::kByte);
-  problem.partials = partials.data_ptr();
+  at::Tensor product, partials;
+  if (WholeFilter::serves(x, weight, geometry)) {
+    product = WholeFilter::wgrad(dy, x, weight, geometry);
+    problem.product = product.data_ptr();
+  } else {
+    partials = at::empty({kernels().conv_partials(problem, threads.threads)}, at::kByte);
+    problem.partials = partials.data_ptr();
+  }
   kernels().conv_wgrad(problem, threads);
   return outputs;
 }

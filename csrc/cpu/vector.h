@@ -60,6 +60,11 @@ inline void store(BFloat16 *p, Vector<float> v) { *reinterpret_cast<UnalignedHal
 #if defined(__F16C__)
 #include "x86.h"
 #else
+// Half a vector of floats as doubles.
+inline Vector<double> load_wide(const float *p) {
+  typedef float Part __attribute__((vector_size(RLK_VECTOR_BYTES / 2), aligned(4), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Part *>(p), Vector<double>);
+}
 inline Vector<float> load(const Float16 *p) {
   Halves bits = *reinterpret_cast<const UnalignedHalves *>(p);
   Words wide = __builtin_convertvector(bits, Words);
@@ -168,17 +173,15 @@ inline double dot(const double *a, const double *b, int64_t n) {
 }
 inline double dot(const float *a, const float *b, int64_t n) {
   constexpr int half = width<double>;
-  typedef float Part __attribute__((vector_size(RLK_VECTOR_BYTES / 2), aligned(4), may_alias));
-  const auto wide = [](const float *at) {
-    return __builtin_convertvector(*reinterpret_cast<const Part *>(at), Vector<double>);
-  };
-  Vector<double> lanes[2] = {};
+  Vector<double> lanes[4] = {};
   int64_t l = 0;
-  for (; l + 2 * half <= n; l += 2 * half) {
-    lanes[0] += wide(a + l) * wide(b + l);
-    lanes[1] += wide(a + l + half) * wide(b + l + half);
-  }
-  double total = sum<double>(lanes[0] + lanes[1]);
+  for (; l + 4 * half <= n; l += 4 * half)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      lanes[i] += load_wide(a + l + i * half) * load_wide(b + l + i * half);
+  for (; l + half <= n; l += half)
+    lanes[0] += load_wide(a + l) * load_wide(b + l);
+  double total = sum<double>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
   for (; l < n; ++l)
     total += double(a[l]) * double(b[l]);
   return total;

@@ -1,5 +1,6 @@
-// What the compiler does not make of plain vector code, for vector.h: float16 conversions by F16C, and the first n
-// elements of a vector by AVX-512's masks. Included only where these instructions are targeted.
+// What the compiler does not make of plain vector code, for vector.h: float16 conversions by F16C, half a vector of
+// floats as doubles, and the first n elements of a vector by AVX-512's masks. Included only where these instructions
+// are targeted.
 
 inline Vector<float> load(const Float16 *p) {
 #if RLK_VECTOR_BYTES == 64
@@ -16,8 +17,15 @@ inline void store(Float16 *p, Vector<float> v) {
 #endif
 }
 
+inline Vector<double> load_wide(const float *p) {
 #if RLK_VECTOR_BYTES == 64
-#define RLK_MASKS
+  return (Vector<double>)_mm512_maskz_cvtps_pd(-1, _mm256_loadu_ps(p));
+#else
+  return (Vector<double>)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#endif
+}
+
+#if RLK_VECTOR_BYTES == 64
 inline Vector<float> load_part(const float *p, int64_t n) {
   return (Vector<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
 }

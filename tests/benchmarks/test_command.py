@@ -81,7 +81,8 @@ def test_quick_is_quicker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     quick, _ = run(monkeypatch, tmp_path, "--quick")
     assert len(quick["cases"]) < len(full["cases"]) and "compile" in full["rivals"]
     assert "compile" not in quick["rivals"] and quick["settings"].quick
-    assert quick["settings"].max_rounds < full["settings"].min_rounds
+    assert quick["settings"].cell_seconds < full["settings"].cell_seconds
+    assert quick["settings"].max_rounds < full["settings"].max_rounds
     named, _ = run(monkeypatch, tmp_path, "--quick", "--rivals", "compile")
     assert named["rivals"] == ["compile"]
 
