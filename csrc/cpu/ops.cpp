@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 
@@ -93,11 +94,11 @@ bool is_served(at::ScalarType type) {
 
 // Fresh memory costs a page fault every 4 KiB, which for a gradient takes longer than computing it, and the C library
 // gives a large block back to the system each time it is freed. The gradients of large weights are therefore allocated
-// in huge pages, where the system leaves these to the program: a fault every 2 MiB. Of what is freed, up to
-// `kept_bytes` are kept for the next gradient of the same size.
+// in huge pages, where the system leaves these to the program: a fault every 2 MiB. Of what is freed, the last
+// `kept_bytes` are kept for the next gradient of the same size, and left to the system should it run short.
 class HugePages final : public c10::Allocator {
 public:
-  static constexpr size_t page = 2 << 20, kept_bytes = 32 << 20;
+  static constexpr size_t page = 2 << 20, kept_bytes = 256 << 20;
 
   c10::DataPtr allocate(size_t bytes) override {
     const size_t size = (bytes + page - 1) / page * page;
@@ -133,15 +134,22 @@ private:
     return nullptr;
   }
   void give_back(const Block &block) {
+#if defined(__linux__) && defined(MADV_FREE)
+    madvise(block.memory, block.size, MADV_FREE);
+#endif
+    std::vector<Block> oldest;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (kept_size_ + block.size <= kept_bytes) {
-        kept_.push_back(block);
-        kept_size_ += block.size;
-        return;
+      kept_.push_back(block);
+      kept_size_ += block.size;
+      while (kept_size_ > kept_bytes) {
+        oldest.push_back(kept_.front());
+        kept_size_ -= kept_.front().size;
+        kept_.pop_front();
       }
     }
-    std::free(block.memory);
+    for (const Block &freed : oldest)
+      std::free(freed.memory);
   }
   static void release(void *context) {
     const std::unique_ptr<Block> block(static_cast<Block *>(context));
@@ -150,13 +158,13 @@ private:
   }
 
   std::mutex mutex_;
-  std::vector<Block> kept_;
+  std::deque<Block> kept_;
   size_t kept_size_ = 0;
 };
 
 at::Tensor empty_gradient(const at::Tensor &weight, at::MemoryFormat format) {
   static HugePages &huge_pages = *new HugePages; // outlives every tensor
-  if (weight.nbytes() < HugePages::page)
+  if (weight.nbytes() < HugePages::page || weight.nbytes() > HugePages::kept_bytes)
     return at::empty(weight.sizes(), weight.options().memory_format(format));
   return at::detail::empty_generic(weight.sizes(), &huge_pages, c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    weight.scalar_type(), format);
