@@ -238,17 +238,22 @@ template <class S, class X> void linear_forward(const Linear &p, const Team &tea
   });
 }
 
-// dx for a few rows: every source is read once; four rows of W at a time, mixed in registers.
+// One after the other, so many rows of W add to one sum, and then to another: a long sum in one accumulator would round
+// worse than a blocked product does.
+constexpr int64_t rows_to_a_sum = 128;
+
+// dx's sums over rows begin..end of W, for a few rows of dx: every source is read once; four rows of W at a time, mixed
+// in registers.
 template <class S, class X, int rows>
 void dgrad_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *dy, int64_t q, int64_t size,
-               Accumulate<X> *const *sums) {
+               int64_t begin, int64_t end, Accumulate<X> *const *sums) {
   using T = Accumulate<X>;
   constexpr int at_once = 4;
   const int count = recipe.sources();
-  for (int64_t o = 0; o < p.n; o += at_once) {
+  for (int64_t o = begin; o < end; o += at_once) {
     const S *from[at_once][max_sources];
     Vector<T> factors[at_once][max_sources], scale[rows][at_once];
-    const int some = int(least(at_once, p.n - o));
+    const int some = int(least(at_once, end - o));
     for (int r = 0; r < at_once; ++r) {
       const int64_t row = o + (r < some ? r : 0);
       for (int j = 0; j < count; ++j) {
@@ -273,7 +278,7 @@ void dgrad_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *
         weight[r] = rounded<X>(total);
       }
       for (int i = 0; i < rows; ++i) {
-        Vector<T> total = o == 0 ? Vector<T>{} : load_sum(sums[i] + l);
+        Vector<T> total = o == begin ? Vector<T>{} : load_sum(sums[i] + l);
         for (int r = 0; r < some; ++r)
           total += scale[i][r] * weight[r];
         store_sum(sums[i] + l, total);
@@ -301,9 +306,9 @@ template <class S, class X> void linear_dgrad_small(const Linear &p, const Team 
     Scratch scratch(team);
     const int64_t q = item * size, some = least(size, p.k - q);
     const int rows = p.m == 1 ? 1 : p.m <= 2 ? 2 : p.m <= 4 ? 4 : 8;
-    T *spare = scratch.take<T>(rows * size);
+    T *spare = scratch.take<T>(rows * size), *more = scratch.take<T>(rows * size);
     T *dy = scratch.take<T>(rows * p.n);
-    T *sums[few_rows];
+    T *sums[few_rows], *parts[few_rows];
     dx.point(0, p.m, q, sums, spare, size);
     for (int64_t i = 0; i < rows; ++i)
       if (i < p.m) {
@@ -313,14 +318,23 @@ template <class S, class X> void linear_dgrad_small(const Linear &p, const Team 
         for (int64_t l = 0; l < p.n; ++l)
           dy[i * p.n + l] = 0;
       }
-    if (rows == 1)
-      dgrad_few<S, X, 1>(p, recipe, dy, q, some, sums);
-    else if (rows == 2)
-      dgrad_few<S, X, 2>(p, recipe, dy, q, some, sums);
-    else if (rows == 4)
-      dgrad_few<S, X, 4>(p, recipe, dy, q, some, sums);
-    else
-      dgrad_few<S, X, 8>(p, recipe, dy, q, some, sums);
+    for (int i = 0; i < rows; ++i)
+      parts[i] = more + i * size;
+    for (int64_t begin = 0; begin < p.n; begin += rows_to_a_sum) {
+      const int64_t end = least(begin + rows_to_a_sum, p.n);
+      T *const *to = begin == 0 ? sums : parts;
+      if (rows == 1)
+        dgrad_few<S, X, 1>(p, recipe, dy, q, some, begin, end, to);
+      else if (rows == 2)
+        dgrad_few<S, X, 2>(p, recipe, dy, q, some, begin, end, to);
+      else if (rows == 4)
+        dgrad_few<S, X, 4>(p, recipe, dy, q, some, begin, end, to);
+      else
+        dgrad_few<S, X, 8>(p, recipe, dy, q, some, begin, end, to);
+      for (int64_t i = 0; begin > 0 && i < p.m; ++i)
+        for (int64_t l = 0; l < some; ++l)
+          sums[i][l] += parts[i][l];
+    }
     dx.finish(0, p.m, q, some, spare, size);
   });
 }
@@ -510,10 +524,10 @@ template <class T> constexpr int64_t strip_elements = (16 << 10) / int64_t(sizeo
 
 // dx, dW_j and <G, W_j> of columns q..q+size for a few rows, in one pass over the sources. `strip` holds, for each
 // vector of columns, those of every row of x and then those of every row of dx: one stream, whatever the number of
-// rows.
+// rows. `totals` takes dx's sums from the strip, every so many rows of W.
 template <class S, class X, int rows>
 void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *dy, int64_t q, int64_t size,
-                  Accumulate<X> *strip, double *dots) {
+                  Accumulate<X> *strip, Accumulate<X> *totals, double *dots) {
   using T = Accumulate<X>;
   constexpr int at_once = 4;
   constexpr int64_t chunk = Mixed<S, X>::chunk, n = width<T>, pitch = 2 * rows * n;
@@ -525,8 +539,19 @@ void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X
       const X *from = static_cast<const X *>(p.x) + i * p.x_stride + q + l;
       store(to, i >= p.m ? Vector<T>{} : l + n <= size ? load(from) : load_part(from, size - l));
       store(to + rows * n, Vector<T>{});
+      store(totals + (l / n * rows + i) * n, Vector<T>{});
     }
+  const auto total_up = [&] {
+    for (int64_t l = 0; l < size; l += n)
+      for (int i = 0; i < rows; ++i) {
+        T *from = strip + l / n * pitch + (rows + i) * n, *to = totals + (l / n * rows + i) * n;
+        store(to, load(to) + load(from));
+        store(from, Vector<T>{});
+      }
+  };
   for (int64_t o = 0; o < p.n; o += at_once) {
+    if (o > 0 && o % rows_to_a_sum == 0)
+      total_up();
     const int some = int(least(at_once, p.n - o));
     const S *from[at_once][max_sources];
     Vector<T> factors[at_once][max_sources];
@@ -583,10 +608,11 @@ void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X
         finish_row(recipe, p.gradients, o + r, q + first, length, g[r], dots != nullptr ? dots + o + r : nullptr, p.n);
     }
   }
+  total_up();
   for (int64_t l = 0; l < size; l += n)
     for (int i = 0; i < p.m; ++i) {
       X *to = static_cast<X *>(p.out) + i * p.k + q + l;
-      const Vector<T> total = load(strip + l / n * pitch + (rows + i) * n);
+      const Vector<T> total = load(totals + (l / n * rows + i) * n);
       if (l + n <= size)
         store(to, total);
       else
@@ -609,7 +635,8 @@ template <class S, class X> bool linear_backward(const Linear &p, const Team &te
     // A strip stays in the first cache while the sources pass by.
     const int64_t strips = ceil_div(size, strip_elements<T> / (2 * rows)),
                   wide = round_up(ceil_div(size, strips), width<T>);
-    T *strip = scratch.take<T>(2 * rows * wide), *dy = scratch.take<T>(rows * p.n);
+    T *strip = scratch.take<T>(2 * rows * wide), *totals = scratch.take<T>(rows * wide);
+    T *dy = scratch.take<T>(rows * p.n);
     for (int64_t i = 0; i < rows; ++i)
       if (i < p.m)
         convert(static_cast<const X *>(p.dy) + i * p.dy_stride, p.n, dy + i * p.n);
@@ -620,7 +647,7 @@ template <class S, class X> bool linear_backward(const Linear &p, const Team &te
       dots[l] = 0;
     const auto run = [&](auto many) {
       for (int64_t q = begin; q < end; q += wide)
-        backward_few<S, X, many.value>(p, recipe, dy, q, least(wide, end - q), strip, dots);
+        backward_few<S, X, many.value>(p, recipe, dy, q, least(wide, end - q), strip, totals, dots);
     };
     if (rows == 1)
       run(Int<1>{});
