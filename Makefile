@@ -21,7 +21,7 @@ BUILD_KERNELS := $(BIN)/python setup.py --quiet build_ext
 SANITIZERS := address,undefined
 SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_samples.py tests/ops/test_opcheck.py
 
-.PHONY: help demo test test-slow test-scalar test-integration sanitize lint format clean
+.PHONY: help demo test test-interpreted test-slow test-scalar test-integration sanitize lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ demo: $(VENV)/.demo ## train the demo's networks (DEMO_ARGS=--quick for a first 
 
 test: $(VENV)/.test ## run the test suite (PYTEST_ARGS is passed on)
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-interpreted: $(VENV)/.test ## run the Triton kernels in Triton's interpreter, on CPUs
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter tests/ops -k "interpreter or triton" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test ## run the tests that take longer than a minute
 	$(PYTEST) -m slow $(PYTEST_ARGS)

@@ -1,5 +1,7 @@
 """Every backend that this machine has, on the one test body, over random cases."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
@@ -8,6 +10,8 @@ from tests.ops.body import Case, cases, check
 
 BACKENDS = [backend.name for backend in registered()]
 KINDS = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}
+# Triton's interpreter runs a kernel's programs one after the other, in Python.
+SLOWLY_RUN = {"triton": 40} if os.environ.get("TRITON_INTERPRET") == "1" else {}
 
 quiet = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -17,7 +21,7 @@ quiet = settings(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend(backend: str, kind: str) -> None:
-    @settings(quiet, max_examples=150)
+    @settings(quiet, max_examples=SLOWLY_RUN.get(backend, 150))
     @given(case=cases(KINDS[kind]))
     def body(case: Case) -> None:
         check(case, backend)

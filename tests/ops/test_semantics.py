@@ -201,6 +201,22 @@ def test_use_backend_nests_and_restores() -> None:
     assert selection.requested() == before
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_long_sum_for_few_rows_rounds_no_worse_than_a_product(backend: str, rows: int) -> None:
+    """Of the input's gradient, which sums over a layer's outputs."""
+    weights, coefficients = [torch.randn(4096, 48, requires_grad=True) for _ in range(2)], torch.randn(2)
+    x, dy = torch.randn(rows, 48, requires_grad=True), torch.randn(rows, 4096)
+    with rl.use_backend(backend):
+        F.mixed_linear(x, weights, coefficients).backward(dy)
+        dx = torch.ops.rl_kernels.mixed_linear_dgrad(dy, [w.detach() for w in weights], coefficients)
+    mixed = F.mix([w.detach() for w in weights], coefficients)
+    truth = dy.double() @ F.mix([w.detach().double() for w in weights], coefficients.double())
+    plain = (dy @ mixed - truth).norm()
+    assert x.grad is not None
+    assert (x.grad - truth).norm() <= 2 * plain and (dx - truth).norm() <= 2 * plain
+
+
 def test_unknown_backends_are_named() -> None:
     message = "backend: got 'cudnn', expected one of auto, cpu, triton, streamed, reference"
     with pytest.raises(ValueError, match=message), rl.use_backend("cudnn"):

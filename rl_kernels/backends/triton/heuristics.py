@@ -1,0 +1,295 @@
+"""How a product is cut into programs: a pure function of its sizes and of the device, the same on every run.
+
+Nothing is timed at a first call. Each configuration's time is estimated from what binds it: the matrix instructions,
+the bytes that come through L2 and those that go through shared memory, the mixing, and how well the programs fill the
+device's last wave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+WORKSPACE_BYTES = 32 << 20
+"""The most memory that a call takes for the partial sums of a split reduction."""
+
+
+class Device(NamedTuple):
+    """What the choice depends on.
+
+    Attributes:
+        multiprocessors: how many.
+        shared_bytes: of shared memory that one program may take.
+        products: multiply-adds of 16-bit matrix instructions, a cycle and multiprocessor.
+        load_bytes: from L2, a cycle and multiprocessor, sustained.
+        asynchronous: whether matrix instructions read shared memory while others go on.
+    """
+
+    multiprocessors: int
+    shared_bytes: int
+    products: int
+    load_bytes: int
+    asynchronous: bool
+
+
+A100 = Device(108, 163 << 10, 1024, 40, False)
+ADA = Device(128, 99 << 10, 512, 40, False)
+H100 = Device(132, 227 << 10, 2048, 40, True)
+
+
+class Config(NamedTuple):
+    """A program's tile, (rows, columns) of the result by ``depth`` of the sum, and how it runs."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+PRODUCT_CONFIGS = (
+    Config(128, 256, 64, 8, 3),  # reads the activation's tile once for 128 rows: shared memory binds least
+    Config(128, 256, 32, 8, 4),  # the same where shared memory is small, or elements have 4 bytes
+    Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 8, 4),
+    Config(64, 128, 64, 4, 3),
+    Config(64, 64, 64, 4, 4),
+    Config(64, 64, 32, 4, 4),
+    Config(64, 32, 128, 4, 3),  # few tokens: bound by reading the sources, in long runs
+    Config(64, 16, 128, 4, 4),
+    Config(32, 16, 128, 4, 4),
+    Config(32, 16, 64, 2, 4),
+)
+"""Rows are of the weight, columns are tokens."""
+
+WGRAD_CONFIGS = (
+    Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 8, 4),
+    Config(64, 128, 32, 4, 4),
+    Config(64, 64, 64, 4, 3),
+    Config(64, 64, 32, 4, 4),
+    Config(64, 64, 16, 4, 4),  # few tokens: bound by writing the gradients
+)
+"""Rows and columns are of the weight, the depth is tokens."""
+
+FLOAT32_CONFIGS = (
+    Config(128, 64, 16, 8, 3),
+    Config(64, 64, 16, 4, 3),
+    Config(64, 32, 32, 4, 3),
+    Config(32, 16, 32, 2, 3),
+)
+"""For both, where float32 is multiplied without matrix instructions: operands and sums share the registers."""
+
+RESIDENT_CONFIGS = (
+    Config(16, 128, 16, 4, 2),
+    Config(32, 128, 32, 4, 2),
+    Config(64, 64, 64, 8, 2),
+    Config(64, 32, 64, 8, 2),  # the same where shared memory is small
+)
+"""For convolutions of at most so many features (rows) and channels (depth), whose filter stays on chip."""
+RESIDENT_TAPS = 9
+"""At most so many: their filters are registers."""
+
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+RESIDENT_SCRATCH = 10 << 10
+LEAST_DEPTH = 16
+"""Of the matrix instructions."""
+FEW_COLUMNS = 64
+"""Up to so many, of tokens say, are one tile's: what bounds such a product, the rows' bytes, is read once."""
+SHARED_BYTES = 128
+"""Of shared memory, that a multiprocessor reads or writes in a cycle."""
+MIXED_BYTES = 64
+"""Of sources, that a multiprocessor mixes in a cycle: to float32, multiplied, added and rounded."""
+START = 2000.0
+"""Cycles that a program takes to fill its pipeline and to finish its tile; a further launch takes twice that."""
+
+
+class Work(NamedTuple):
+    """A product (rows, columns) summed over depth.
+
+    Attributes:
+        rows: of the result.
+        columns: of the result.
+        depth: of the sum; a convolution's channels.
+        row_bytes: that a row of the tile reads for each step of the sum, of all sources.
+        column_bytes: the same for a column.
+        scratch_bytes: of shared memory, a row and step, for what is made from the sources.
+        slowness: of the matrix instructions, relative to 16-bit ones.
+        taps: over which the sum goes as well, each as deep.
+        repeats: such products side by side: a convolution's groups.
+        most_splits: of the sum.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    row_bytes: int
+    column_bytes: int
+    scratch_bytes: int
+    slowness: float
+    taps: int = 1
+    repeats: int = 1
+    most_splits: int = 32
+
+
+class Choice(NamedTuple):
+    """A configuration, and in how many parts the sum is split, of ``steps`` of its depth and of one tap each."""
+
+    config: Config
+    splits: int
+    steps: int
+
+
+_forced: tuple[Config, int] | None = None
+
+
+@contextlib.contextmanager
+def use_config(config: Config, splits: int = 1) -> Iterator[None]:
+    """Run every product inside with one configuration and number of splits: for tests, tuning and qualification."""
+    global _forced
+    previous, _forced = _forced, (config, splits)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def shared_bytes(work: Work, config: Config) -> int:
+    """Of shared memory: the stages of the pipeline, and the mixed tile on its way to the matrix instructions."""
+    step = config.rows * work.row_bytes + config.columns * work.column_bytes
+    return config.depth * (config.stages * step + config.rows * work.scratch_bytes)
+
+
+def estimate(work: Work, config: Config, splits: int, device: Device) -> float:
+    """Cycles that a product takes, launches of its reduction included."""
+    tiles = work.repeats * math.ceil(work.rows / config.rows) * math.ceil(work.columns / config.columns)
+    steps = _steps(work, config, splits)
+    step = max(limits(work, config, device).values())
+    resident = max(1, min(4, device.shared_bytes // max(1, shared_bytes(work, config))))
+    waves = math.ceil(tiles * splits / (device.multiprocessors * resident))
+    # Programs that share a multiprocessor take turns on what binds them, and hide each other's start.
+    time = waves * (resident * steps * step + START)
+    if splits > 1:
+        traffic = 8.0 * splits * work.repeats * work.rows * work.columns
+        time += 2 * START + traffic / (device.multiprocessors * device.load_bytes)
+    return time
+
+
+def limits(work: Work, config: Config, device: Device) -> dict[str, float]:
+    """Cycles that a step of one program takes of each thing that may bind it: a roofline with several roofs."""
+    # What lies outside is not loaded, but written to shared memory as zeros.
+    rows = (config.rows + min(config.rows, work.rows)) / 2
+    columns = (config.columns + min(config.columns, work.columns)) / 2
+    loaded = rows * work.row_bytes + columns * work.column_bytes
+    # Every 64 rows read the columns anew; what is mixed is read, and may make a trip on its way to registers.
+    read = math.ceil(config.rows / 64) * config.columns * work.column_bytes
+    if work.scratch_bytes > 0:
+        read += config.rows * (work.row_bytes + 2 * work.scratch_bytes)
+    mixed = config.rows * work.row_bytes if work.scratch_bytes > 0 else 0
+    return {
+        "matrix instructions": config.rows * config.columns * config.depth * work.slowness / device.products,
+        "L2": config.depth * loaded / device.load_bytes,
+        "shared memory": config.depth * (loaded + read) / SHARED_BYTES,
+        "mixing": config.depth * mixed / MIXED_BYTES,
+    }
+
+
+def _steps(work: Work, config: Config, splits: int) -> int:
+    return max(1, math.ceil(work.taps * math.ceil(work.depth / config.depth) / splits))
+
+
+def cdiv(dividend: int, divisor: int) -> int:
+    """The quotient rounded up; Triton's own takes ten times as long."""
+    return -(-dividend // divisor)
+
+
+def choose(work: Work, configs: tuple[Config, ...], device: Device) -> Choice:
+    """The configuration and the number of splits with the smallest estimate; the first of equals.
+
+    A configuration that is deeper than the work is made shorter.
+    """
+    if _forced is not None:
+        config, splits = _forced
+        return _choice(work, shortened(config, work), min(splits, work.most_splits))
+    return _choose(work, configs, device)
+
+
+def shortened(config: Config, work: Work) -> Config:
+    """The configuration with no more depth than there is to sum."""
+    power = 1 << max(0, work.depth - 1).bit_length()
+    return config._replace(depth=min(config.depth, max(LEAST_DEPTH, power)))
+
+
+def _choice(work: Work, config: Config, splits: int) -> Choice:
+    steps = _steps(work, config, splits)
+    return Choice(config, max(1, math.ceil(work.taps * math.ceil(work.depth / config.depth) / steps)), steps)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(work: Work, configs: tuple[Config, ...], device: Device) -> Choice:
+    best: tuple[float, Config, int] | None = None
+    for config in dict.fromkeys(shortened(config, work) for config in configs):
+        reads_twice = config.columns < work.columns <= FEW_COLUMNS
+        if reads_twice or shared_bytes(work, config) > device.shared_bytes:
+            continue
+        for splits in SPLITS:
+            too_short = work.taps * work.depth < splits * config.depth
+            too_large = 4 * splits * work.repeats * work.rows * work.columns > WORKSPACE_BYTES
+            if splits > 1 and (splits > work.most_splits or too_short or too_large):
+                break
+            time = estimate(work, config, splits, device)
+            if best is None or time < best[0]:
+                best = time, config, splits
+    assert best is not None, f"configs: none fits {device.shared_bytes} bytes of shared memory"
+    return _choice(work, *best[1:])
+
+
+def choose_resident(work: Work, device: Device) -> tuple[Config, int] | None:
+    """A configuration of ``resident.py`` and the programs for each of the repeats; None where another kernel is better.
+
+    A filter mixed once pays where there are enough pixels for every program to go over several tiles of them.
+    """
+    if _forced is None:
+        return _choose_resident(work, RESIDENT_CONFIGS, device)
+    found = tuple(config for config in RESIDENT_CONFIGS if config == _forced[0] and _holds(config, work, device))
+    return (found[0], min(2, math.ceil(work.columns / found[0].columns))) if found else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_resident(work: Work, configs: tuple[Config, ...], device: Device) -> tuple[Config, int] | None:
+    for config in configs:
+        if _holds(config, work, device):
+            at_once = min(8, device.shared_bytes // resident_bytes(work, config, device))
+            most = math.ceil(device.multiprocessors * at_once / work.repeats)
+            programs = min(most, work.columns // (2 * config.columns))
+            return (config, programs) if programs * work.repeats >= device.multiprocessors else None
+    return None
+
+
+def _holds(config: Config, work: Work, device: Device) -> bool:
+    fits = work.rows <= config.rows and work.depth <= config.depth and work.taps <= RESIDENT_TAPS
+    return fits and work.slowness == 1 and resident_bytes(work, config, device) <= device.shared_bytes
+
+
+def resident_bytes(work: Work, config: Config, device: Device) -> int:
+    """Of shared memory: every tap's pixels, and the filters on their way to registers, or for good."""
+    buffers = 2 if device.asynchronous and config.rows >= 64 else 1
+    elements = work.taps * config.depth * (buffers * config.columns + config.rows)
+    return elements * work.column_bytes + RESIDENT_SCRATCH
+
+
+@functools.lru_cache(maxsize=64)
+def device_of(device: torch.device) -> Device:
+    """What is known of a device; an H100's figures where nothing runs on a GPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    capability = properties.major * 10 + properties.minor
+    known = A100 if capability == 80 else H100 if capability >= 90 and capability < 120 else ADA
+    shared = getattr(properties, "shared_memory_per_block_optin", known.shared_bytes)
+    return known._replace(multiprocessors=properties.multi_processor_count, shared_bytes=shared)

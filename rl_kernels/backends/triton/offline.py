@@ -1,0 +1,311 @@
+"""The kernels compiled for a GPU that need not be there, and what their machine code says.
+
+Launches are caught on the way and only compiled, with the arguments' own specialisations, so that what is looked at is
+what a GPU would run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from rl_kernels.backends.triton import conv, heuristics, linear
+from rl_kernels.backends.triton.heuristics import Config, Work, use_config
+
+DEVICES = {"sm_80": heuristics.A100, "sm_90": heuristics.H100, "sm_100": heuristics.H100}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MATRIX_INSTRUCTION = r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b"
+SIZE, CHANNELS, BATCH, IMAGE = 4096, 256, 4, 32
+"""Of the layers that are compiled for: as divisible as large ones, which is what Triton specialises on."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one compiled kernel is made of.
+
+    Attributes:
+        name: of the function.
+        variant: the op, the element type and the recipe.
+        config: the tile and how it runs.
+        arch: as ``sm_90``.
+        registers: a thread.
+        spilled_bytes: of registers, a thread.
+        shared_bytes: a program.
+        products: the matrix instruction in the main loop; empty if there is none.
+        register_a: whether that instruction takes its first operand, the mixed weight, from registers.
+        shared_stores: instructions in the main loop that write to shared memory.
+        load_bytes: of the main loop's narrowest asynchronous copy; of its narrowest load where it copies nothing so.
+        cycles: that a step of the main loop takes of each thing that may bind it, by ``heuristics.limits``; empty for
+            kernels that do not multiply matrices.
+    """
+
+    name: str
+    variant: str
+    config: str
+    arch: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    products: str
+    register_a: bool
+    shared_stores: int
+    load_bytes: int
+    cycles: dict[str, float]
+
+    @property
+    def bound(self) -> str:
+        """What binds the main loop; empty where that is not known."""
+        return max(self.cycles, key=self.cycles.__getitem__, default="")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class _Absent:
+    """Stands for the driver of a GPU."""
+
+    def __init__(self, arch: str):
+        self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # Compiled kernels are kept by device: those of one architecture must not be taken for another's.
+        return int(self.target.arch)
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compiling_only(arch: str) -> Iterator[list[tuple[str, Any]]]:
+    """Compile whatever is launched inside for ``arch``; the list fills with (name, compiled kernel)."""
+    launch, active, found = JITFunction.run, driver._active, []
+
+    def compile_instead(self: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+        found.append((self.fn.__name__, kernel))
+        return kernel
+
+    driver.set_active(_Absent(arch))
+    JITFunction.run = compile_instead
+    try:
+        yield found
+    finally:
+        JITFunction.run = launch
+        driver._active = active
+
+
+class Variant(NamedTuple):
+    """What is compiled: a call of an op, with a configuration forced."""
+
+    name: str
+    config: Config
+    splits: int
+    work: Work
+    call: Callable[[], Any]
+
+
+def kernels(arch: str) -> Iterator[Kernel]:
+    """Compile every kernel in every configuration that fits ``arch``, and some variants in one configuration each.
+
+    Args:
+        arch: one of ``DEVICES``.
+    """
+    for variant in variants():
+        if heuristics.shared_bytes(variant.work, variant.config) > DEVICES[arch].shared_bytes:
+            continue
+        with use_config(variant.config, variant.splits), compiling_only(arch) as found:
+            variant.call()
+        config = "x".join(map(str, variant.config))
+        resident = variant.config in heuristics.RESIDENT_CONFIGS  # Its sources are read once, and not in the loop.
+        work = variant.work._replace(row_bytes=0, scratch_bytes=0) if resident else variant.work
+        cycles = heuristics.limits(work, variant.config, DEVICES[arch])
+        for name, kernel in found:
+            seen = look(kernel, name, variant.name, config, arch)
+            yield replace(seen, cycles=cycles) if seen.products else seen
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration of every op in bfloat16, or float32 where it is for that, and other recipes in one each."""
+    recipes: tuple[dict[str, Any], ...] = (
+        {"sources": 1},
+        {"sources": 4},
+        {"per_channel": True},
+        {"source_dtype": torch.float32},
+        {"splits": 4},
+    )
+    for op in ("mixed_linear", "mixed_linear_dgrad", "mixed_linear_wgrad"):
+        configs: tuple[Config, ...] = heuristics.WGRAD_CONFIGS if op.endswith("wgrad") else heuristics.PRODUCT_CONFIGS
+        yield from (_linear(op, config) for config in configs)
+        yield from (_linear(op, config, dtype=torch.float32) for config in heuristics.FLOAT32_CONFIGS)
+        yield from (_linear(op, configs[2], **recipe) for recipe in recipes)
+    shapes: tuple[dict[str, Any], ...] = (
+        {"kernel": (3,)},
+        {"kernel": (3, 3, 3)},
+        {"channels_last": False},
+        {"stride": 2},
+        {"groups": 4},
+        {"groups": CHANNELS},
+        {"groups": CHANNELS, "channels_last": False},
+    )
+    for op in ("mixed_conv", "mixed_conv_dgrad", "mixed_conv_wgrad"):
+        configs = conv.CONV_WGRAD_CONFIGS if op.endswith("wgrad") else conv.CONV_CONFIGS
+        yield from (_conv(op, config) for config in configs)
+        yield from (_conv(op, config, dtype=torch.float32) for config in heuristics.FLOAT32_CONFIGS)
+        if not op.endswith("wgrad"):
+            yield from (_conv(op, config, channels=config.rows) for config in heuristics.RESIDENT_CONFIGS)
+        yield from (_conv(op, configs[2], **options) for options in (*recipes, *shapes))
+
+
+def _linear(op: str, config: Config, **options: Any) -> Variant:
+    recipe = _Recipe((SIZE, SIZE), **options)
+    x = torch.empty(SIZE, SIZE, dtype=recipe.dtype)
+    weights, coefficients = recipe.sources
+    calls: dict[str, Callable[[], Any]] = {
+        "mixed_linear": lambda: linear.mixed_linear(x, weights, coefficients, recipe.biases),
+        "mixed_linear_dgrad": lambda: linear.mixed_linear_dgrad(x, weights, coefficients),
+        "mixed_linear_wgrad": lambda: linear.mixed_linear_wgrad(
+            x, x, weights, coefficients, recipe.biases, *recipe.masks
+        ),
+    }
+    return Variant(f"{op} {recipe.name}", config, recipe.splits, recipe.work(op), calls[op])
+
+
+def _conv(
+    op: str,
+    config: Config,
+    kernel: tuple[int, ...] = (3, 3),
+    stride: int = 1,
+    groups: int = 1,
+    channels: int = CHANNELS,
+    channels_last: bool = True,
+    **options: Any,
+) -> Variant:
+    recipe = _Recipe((channels, channels // groups, *kernel), **options)
+    dimensions = len(kernel)
+    formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+    memory_format = formats.get(dimensions, torch.contiguous_format) if channels_last else torch.contiguous_format
+    x, dy = (
+        torch.empty(BATCH, channels, *(size,) * dimensions, dtype=recipe.dtype).to(memory_format=memory_format)
+        for size in (IMAGE, IMAGE // stride)
+    )
+    weights = [weight.to(memory_format=memory_format) for weight in recipe.sources[0]]
+    sources = weights, recipe.sources[1]
+    geometry: tuple[Any, ...] = [stride] * dimensions, [1] * dimensions, [1] * dimensions, groups
+    calls: dict[str, Callable[[], Any]] = {
+        "mixed_conv": lambda: conv.mixed_conv(x, *sources, recipe.biases, *geometry),
+        "mixed_conv_dgrad": lambda: conv.mixed_conv_dgrad(dy, *sources, x.shape, *geometry),
+        "mixed_conv_wgrad": lambda: conv.mixed_conv_wgrad(dy, x, *sources, recipe.biases, *recipe.masks, *geometry),
+    }
+    kind = "depthwise" if groups == channels else f"{groups} groups"
+    shape = (
+        f"{dimensions}d"
+        + f", {channels} channels" * (channels < CHANNELS)
+        + ", NCHW" * (not channels_last)
+        + f", stride {stride}" * (stride > 1)
+    )
+    name = f"{op} {recipe.name}, {shape}" + f", {kind}" * (groups > 1)
+    return Variant(name, config, recipe.splits, recipe.work(op), calls[op])
+
+
+class _Recipe:
+    """Sources that hold nothing: only their sizes and types matter."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        sources: int = 2,
+        per_channel: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        source_dtype: torch.dtype | None = None,
+        splits: int = 1,
+    ):
+        self.dtype, self.splits = dtype, splits
+        source_dtype = source_dtype or dtype
+        out = shape[0]
+        self.sources: tuple[Any, ...] = (
+            [torch.empty(shape, dtype=source_dtype)] * sources,
+            torch.empty((sources, out) if per_channel else (sources,)),
+        )
+        self.biases = [torch.empty(out, dtype=source_dtype)] * sources
+        self.masks: tuple[Any, ...] = [True] * sources, True, [True] * sources
+        types = str(dtype) if source_dtype == dtype else f"{dtype} on {source_dtype}"
+        self.name = f"{types.replace('torch.', '')}, {sources} sources"
+        self.name += ", per channel" * per_channel + f", {splits} splits" * (splits > 1)
+
+    def work(self, op: str) -> Work:
+        """For the shared memory that a configuration takes."""
+        element = self.dtype.itemsize
+        if op.endswith("wgrad"):
+            return Work(SIZE, SIZE, SIZE, element, element, 0, 1.0)
+        return Work(SIZE, SIZE, SIZE, sum(w.element_size() for w in self.sources[0]), element, element, 1.0)
+
+
+def look(compiled: Any, name: str, variant: str, config: str, arch: str) -> Kernel:
+    """Read a compiled kernel's machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert resources, f"cuobjdump: no resource usage in {usage!r}"
+    loop = main_loop(code)
+    products = re.search(MATRIX_INSTRUCTION, loop)
+    first = re.search(r"\bHGMMA\S*\s+\w+,\s*(\S+?),", loop)
+    loads = re.findall(r"\bLDGSTS(\S*)", loop) or re.findall(r"\bLDG(\.\S*)", loop)
+    return Kernel(
+        name=name,
+        variant=variant,
+        config=config,
+        arch=arch,
+        registers=int(resources[1]),
+        spilled_bytes=int(resources[2]),
+        shared_bytes=compiled.metadata.shared,
+        products=products[0] if products else "",
+        register_a=products is not None and "UTC" not in products[0] and (not first or first[1].startswith("R")),
+        shared_stores=len(re.findall(r"\bSTS\b", loop)),
+        load_bytes=min(map(_load_bytes, loads), default=0),
+        cycles={},
+    )
+
+
+def _load_bytes(modifiers: str) -> int:
+    width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", modifiers)
+    return int(width[1].lstrip("US")) // 8 if width else 4
+
+
+def main_loop(code: str) -> str:
+    """The innermost loop around matrix instructions, of the disassembly; all of it where there is none."""
+    lines = code.splitlines()
+    labels = {line.strip().rstrip(":"): number for number, line in enumerate(lines) if line.strip().endswith(":")}
+    loops = []
+    for number, line in enumerate(lines):
+        target = re.search(r"BRA\S*\s.*?`\((\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], number) < number:
+            body = "\n".join(lines[labels[target[1]] : number])
+            if re.search(MATRIX_INSTRUCTION, body):
+                loops.append(body)
+    return min(loops, key=len, default=code)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,124 @@
+"""How the Triton kernels' products are cut: pure functions of sizes and device."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from rl_kernels.backends.triton import heuristics
+from rl_kernels.backends.triton.heuristics import (
+    A100,
+    ADA,
+    FLOAT32_CONFIGS,
+    H100,
+    PRODUCT_CONFIGS,
+    RESIDENT_CONFIGS,
+    WGRAD_CONFIGS,
+    Choice,
+    Config,
+    Device,
+    Work,
+    choose,
+    choose_resident,
+    estimate,
+    use_config,
+)
+
+DEVICES = (A100, ADA, H100)
+SIZES = (0, 1, 7, 64, 257, 1000, 4096, 16384)
+
+
+def forward(tokens: int, out_features: int, in_features: int) -> Work:
+    """Two bfloat16 sources."""
+    return Work(out_features, tokens, in_features, 4, 2, 2, 1.0)
+
+
+def wgrad(tokens: int, out_features: int, in_features: int) -> Work:
+    return Work(out_features, in_features, tokens, 2, 2, 0, 1.0)
+
+
+def waves(work: Work, choice: Choice, device: Device) -> float:
+    tiles = math.ceil(work.rows / choice.config.rows) * math.ceil(work.columns / choice.config.columns)
+    return tiles * choice.splits / device.multiprocessors
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("configs", [PRODUCT_CONFIGS, WGRAD_CONFIGS, FLOAT32_CONFIGS])
+def test_every_choice_is_sound(configs: tuple[Config, ...], device: Device) -> None:
+    """It fits the shared memory, its splits cover the sum without an empty one, and its partial sums are bounded."""
+    for rows, columns, depth in itertools.product(SIZES, repeat=3):
+        work = Work(rows, columns, depth, 4, 2, 2, 1.0)
+        config, splits, steps = choose(work, configs, device)
+        assert heuristics.shared_bytes(work, config) <= device.shared_bytes
+        blocks = math.ceil(depth / config.depth)
+        assert splits * steps >= blocks > (splits - 1) * steps or depth == 0
+        assert splits == 1 or 4 * splits * rows * columns <= heuristics.WORKSPACE_BYTES
+
+
+def test_large_products_take_the_large_tile() -> None:
+    """Which reads the least through shared memory."""
+    for work in (forward(8192, 4096, 4096), forward(16384, 8192, 8192)):
+        choice = choose(work, PRODUCT_CONFIGS, H100)
+        assert choice.config.rows * choice.config.columns == 128 * 256 and choice.splits == 1
+
+
+def test_few_tokens_take_a_narrow_tile_and_read_every_source_once() -> None:
+    """With enough programs for the whole device: a product of few tokens is bound by reading the sources."""
+    for tokens in (1, 8, 16):
+        for size in (1024, 4096):
+            work = forward(tokens, size, size)
+            choice = choose(work, PRODUCT_CONFIGS, H100)
+            assert choice.config.columns == 16
+            assert waves(work, choice, H100) >= 0.9
+    for tokens, size in itertools.product((32, 64), (256, 1024, 4096)):
+        assert choose(forward(tokens, size, size), PRODUCT_CONFIGS, H100).config.columns >= tokens
+
+
+def test_a_long_sum_of_few_tiles_is_split() -> None:
+    """And one that fills the device is not."""
+    small = wgrad(65536, 256, 256)
+    assert waves(small, choose(small, WGRAD_CONFIGS, H100), H100) >= 0.5
+    assert choose(small, WGRAD_CONFIGS, H100).splits > 1
+    assert choose(wgrad(4096, 8192, 8192), WGRAD_CONFIGS, H100).splits == 1
+    assert choose(small._replace(most_splits=1), WGRAD_CONFIGS, H100).splits == 1
+
+
+def test_taps_and_repeats_count() -> None:
+    """A convolution's taps lengthen the sum, its groups fill the device."""
+    tile = Work(256, 196, 256, 4, 2, 2, 1.0, taps=9)
+    assert choose(tile, PRODUCT_CONFIGS, H100).splits > 1
+    config = PRODUCT_CONFIGS[4]
+    assert estimate(tile, config, 1, H100) > 5 * estimate(tile._replace(taps=1), config, 1, H100)
+    assert choose(tile._replace(repeats=512), PRODUCT_CONFIGS, H100).splits == 1
+
+
+def test_a_configuration_is_no_deeper_than_the_sum() -> None:
+    assert choose(forward(4096, 64, 3), PRODUCT_CONFIGS, H100).config.depth == heuristics.LEAST_DEPTH
+    with use_config(PRODUCT_CONFIGS[0], 8):
+        assert choose(forward(4096, 64, 24), PRODUCT_CONFIGS, H100).config.depth == 32
+
+
+def test_a_forced_configuration_is_taken() -> None:
+    """Empty splits aside; and no longer afterwards."""
+    with use_config(WGRAD_CONFIGS[3], 8):
+        assert choose(wgrad(256, 999, 999), WGRAD_CONFIGS, H100) == (WGRAD_CONFIGS[3], 4, 1)
+        assert choose_resident(forward(10**6, 16, 16), H100) is None
+    assert choose(wgrad(256, 999, 999), WGRAD_CONFIGS, H100).config != WGRAD_CONFIGS[3]
+
+
+def test_a_filter_stays_on_chip_where_it_fits_and_pays() -> None:
+    work = Work(16, 128 * 32 * 32, 16, 4, 2, 2, 1.0, taps=9)
+    for device, channels in itertools.product((A100, H100), (16, 32, 64)):
+        found = choose_resident(work._replace(rows=channels, depth=channels), device)
+        assert found is not None
+        config, programs = found
+        assert config.rows == channels and config in RESIDENT_CONFIGS
+        assert heuristics.resident_bytes(work, config, device) <= device.shared_bytes
+        assert programs >= device.multiprocessors
+    assert choose_resident(work._replace(rows=64, depth=64), ADA) is None, "too much shared memory"
+    assert choose_resident(work._replace(rows=65), H100) is None
+    assert choose_resident(work._replace(taps=25), H100) is None
+    assert choose_resident(work._replace(columns=1000), H100) is None, "every program has one tile"
+    assert choose_resident(work._replace(slowness=16.0), H100) is None, "float32"
