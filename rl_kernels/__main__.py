@@ -14,7 +14,9 @@ import click
 COMMANDS = {
     "demo": ("rl_kernels.demo:demo_command", "Train a small ResNet and ViT, whole and with blocks replaced."),
     "doctor": ("rl_kernels.doctor:doctor_command", "Check this installation: versions, devices, backends."),
+    "inspect": ("rl_kernels.inspect:inspect_command", "Compile the GPU kernels without a GPU and look at their code."),
     "plan": ("rl_kernels.conversion.command:plan_command", "Show which blocks of a named model would be replaced."),
+    "qualify": ("rl_kernels.qualify:qualify_command", "Check and time every kernel here, and enable those that win."),
 }
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from rl_kernels import _ops
-from rl_kernels.backends import cpu, reference, selection, streamed
+from rl_kernels.backends import cpu, reference, selection, streamed, triton
+from rl_kernels.backends.gate import Gate
 from rl_kernels.backends.selection import AUTO, Backend, Case, choose, register, registered, requested
 
 __all__ = ["Backend", "Case", "Service", "Services", "backends", "register", "registered"]
@@ -32,6 +33,20 @@ register(
         refuses_call=cpu.refuses_call,
         automatic_call=cpu.slower,
         exceptions=cpu.exceptions,
+        gate=Gate("cpu", needed=False, files=cpu.files),
+    )
+)
+register(
+    Backend(
+        "triton",
+        "Triton: the mixed tile is the first operand of the matrix instructions",
+        triton.kernels(_ops.SCHEMAS),
+        triton.refuses,
+        automatic=triton.automatic,
+        refuses_call=triton.refuses_call,
+        gate=Gate("triton", needed=True, files=triton.files, compiler=triton.compiler),
+        variants=triton.variants,
+        accumulates=True,
     )
 )
 register(
@@ -56,6 +71,21 @@ for _op in _ops.SCHEMAS:
     _implement(_op)
 
 
+def _implement_in_place(op: str) -> None:
+    check = _ops.CHECKS[op]
+
+    def run(*arguments: Any) -> Any:
+        *rest, into = arguments
+        check(*rest)
+        return selection.accumulate(op, rest, into)
+
+    _ops.LIBRARY.impl(f"{op}_", run, "CompositeExplicitAutograd")
+
+
+for _op in _ops.IN_PLACE_SCHEMAS:
+    _implement_in_place(_op.removesuffix("_"))
+
+
 _CPU_CASES = tuple(Case(op, "cpu", dtype) for op in _ops.SCHEMAS for dtype in cpu.DTYPES)
 
 
@@ -69,7 +99,7 @@ def _tell_fast_path() -> None:
     cpu.set_serving(selection.served_by("cpu", name, _CPU_CASES), forced=name != AUTO)
 
 
-selection.on_change(_tell_fast_path)
+selection.on_change(_tell_fast_path, now=False)  # It asks for a record, and nothing is read at import.
 
 
 @dataclass(frozen=True)
@@ -127,12 +157,12 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
             serves = reason is None and backend.name == serving
             if reason is None:
                 if serves and name == AUTO:
-                    reason = "; ".join(filter(None, (backend.summary, backend.exceptions(case))))
+                    reason = "; ".join(filter(None, (backend.summary, backend.exceptions(case), backend.lost(case))))
                 elif serves:
                     reason = "asked for"
                 elif name != AUTO:
                     reason = f"{name} is asked for"
                 else:
-                    reason = backend.automatic(case) or f"{serving} comes first"
+                    reason = backend.why_passed_over(case) or f"{serving} comes first"
             found.append(Service(case, backend.name, serves, reason))
     return Services(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ def exceptions(case: Case) -> str | None:
     if case.dtype == torch.bfloat16:
         passed_on.append("many rows, where the CPU multiplies bfloat16")
     return f"not {' or '.join(passed_on)}" if passed_on else None
+
+
+def files() -> list[Path]:
+    """What a record of these kernels is bound to: the extension."""
+    return [] if _C is None else [Path(_C.__file__)]
 
 
 def _recipe(op: str, arguments: Sequence[Any]) -> tuple[Any, Any]:

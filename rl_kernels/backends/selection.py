@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+from rl_kernels.backends import gate
+from rl_kernels.backends.gate import Gate
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "RL_KERNELS_BACKEND"
@@ -28,6 +32,13 @@ class Case(NamedTuple):
     """Of the activation."""
 
 
+Variants = Iterable[tuple[str, Callable[[], AbstractContextManager[Any]]]]
+
+
+def _only_one(op: str, dtype: torch.dtype) -> Variants:
+    return [("", nullcontext)]
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run the ops.
@@ -43,6 +54,10 @@ class Backend:
             serves; None where it can. None instead of a function: it serves every call.
         automatic_call: as ``automatic``, given an op and the arguments of a call.
         exceptions: given a case, in a few words, which of its calls these two pass on; for people to read.
+        gate: what ``auto`` asks of this backend's record after all these; None where it has none.
+        accumulates: whether its wgrads take ``into``, tensors to add the sources' gradients to or None.
+        variants: given an op and a dtype, the ways in which its kernel can run: each one's name, and what makes it run
+            so; the first as it runs by itself.
     """
 
     name: str
@@ -53,11 +68,14 @@ class Backend:
     refuses_call: Callable[[str, Sequence[Any]], str | None] | None = None
     automatic_call: Callable[[str, Sequence[Any]], str | None] | None = None
     exceptions: Callable[[Case], str | None] = lambda case: None
+    gate: Gate | None = None
+    accumulates: bool = False
+    variants: Callable[[str, torch.dtype], Variants] = _only_one
 
     @property
     def looks_at_calls(self) -> bool:
         """Whether a case alone does not tell that it serves a call."""
-        return self.refuses_call is not None or self.automatic_call is not None
+        return self.refuses_call is not None or self.automatic_call is not None or self.gate is not None
 
     def why_not(self, case: Case) -> str | None:
         """Why this backend cannot serve ``case``; None where it can."""
@@ -65,12 +83,23 @@ class Backend:
             return f"has no kernel for {case.op}"
         return self.refuses(case)
 
+    def why_passed_over(self, case: Case) -> str | None:
+        """Why ``auto`` passes this backend over though it can serve ``case``; None where it does not."""
+        reason = self.automatic(case)
+        return self.gate.refuses(*case) if reason is None and self.gate is not None else reason
+
     def why_not_call(self, case: Case, arguments: Sequence[Any], automatic: bool) -> str | None:
         """Why this backend, which serves ``case``, does not serve the call; ``automatic``: where ``auto`` asks."""
         reason = self.refuses_call(case.op, arguments) if self.refuses_call is not None else None
         if reason is None and automatic and self.automatic_call is not None:
             reason = self.automatic_call(case.op, arguments)
+        if reason is None and automatic and self.gate is not None:
+            reason = self.gate.refuses_call(case.op, arguments)
         return reason
+
+    def lost(self, case: Case) -> str | None:
+        """At how many of the measured sizes of ``case`` a rival is faster, in words; None where at none."""
+        return None if self.gate is None else self.gate.lost(*case)
 
 
 _backends: dict[str, Backend] = {}
@@ -84,15 +113,27 @@ _listeners: list[Callable[[], None]] = []
 def register(backend: Backend) -> None:
     """Add a backend. ``auto`` tries backends in the order of their registration: the fastest first."""
     _backends[backend.name] = backend
+    refresh()
+
+
+def refresh() -> None:
+    """Choose anew, by the records as they are now."""
+    gate.forget()
     _chosen.clear()
     _served.clear()
     _tell()
 
 
-def on_change(listener: Callable[[], None]) -> None:
-    """Call ``listener`` now, and whenever another backend may be in force."""
+def on_change(listener: Callable[[], None], now: bool = True) -> None:
+    """Call ``listener`` whenever another backend may be in force.
+
+    Args:
+        listener: takes nothing.
+        now: call it at once too; else first when a backend is first chosen.
+    """
     _listeners.append(listener)
-    listener()
+    if now:
+        listener()
 
 
 def _tell() -> None:
@@ -168,7 +209,7 @@ def _passed_over(backend: Backend, case: Case, arguments: Sequence[Any] | None, 
     """Why ``backend`` does not serve ``case``, or not the call with ``arguments``; None where it does."""
     reason = backend.why_not(case)
     if reason is None and automatic:
-        reason = backend.automatic(case)
+        reason = backend.why_passed_over(case)
     if reason is None and arguments is not None:
         reason = backend.why_not_call(case, arguments, automatic)
     return reason
@@ -184,6 +225,8 @@ def kernel(op: str, activation: torch.Tensor) -> Callable[..., Any]:
     key = (op, activation.device.type, activation.dtype, name)
     found = _chosen.get(key)
     if found is None:
+        if not _chosen:
+            _tell()
         case = Case(*key[:3])
         backend = choose(case, registered(), name)
         found = _chosen[key] = _by_call(case, name) if backend.looks_at_calls else backend.kernels[op]
@@ -192,24 +235,56 @@ def kernel(op: str, activation: torch.Tensor) -> Callable[..., Any]:
 
 def _by_call(case: Case, name: str) -> Callable[..., Any]:
     """A kernel that asks at each call who serves it."""
+    automatic, backends = name == AUTO, registered()
+    candidates = [
+        backend
+        for backend in backends
+        if name in (AUTO, backend.name) and _passed_over(backend, case, None, automatic) is None
+    ]
 
     def run(*arguments: Any) -> Any:
-        return choose(case, registered(), name, arguments).kernels[case.op](*arguments)
+        for backend in candidates:
+            if backend.why_not_call(case, arguments, automatic) is None:
+                return backend.kernels[case.op](*arguments)
+        return choose(case, backends, name, arguments)  # Says why there is none.
 
     return run
 
 
+def accumulate(op: str, arguments: Sequence[Any], into: Sequence[torch.Tensor]) -> Any:
+    """Run a wgrad whose gradients of sources are added to ``into``, where this is not empty."""
+    activation = arguments[0]
+    case = Case(op, activation.device.type, activation.dtype)
+    backend = choose(case, registered(), requested(), arguments)
+    places = [place if place.numel() > 0 else None for place in into]
+    given = [place.data_ptr() for place in places if place is not None]
+    if backend.accumulates and len({*given}) == len(given):
+        gradients, *others = backend.kernels[op](*arguments, into=places)
+    else:
+        gradients, *others = backend.kernels[op](*arguments)
+        for place, gradient in zip(places, gradients, strict=True):
+            if place is not None:
+                place.add_(gradient)
+    # What is added is not returned: an op's outputs share nothing with its arguments.
+    empty = [g if place is None else g.new_empty(0) for g, place in zip(gradients, places, strict=True)]
+    return empty, *others
+
+
 def served_by(backend: str, name: str, cases: tuple[Case, ...]) -> tuple[Case, ...]:
-    """Those of ``cases`` that ``backend`` serves where ``name`` is asked for, its calls' exceptions aside."""
+    """Those of ``cases`` that ``backend`` serves where ``name`` is asked for, its own calls' exceptions aside.
+
+    For ``auto`` not those of which its record says that a rival is faster at some sizes.
+    """
     key = (backend, name, cases)
     found = _served.get(key)
     if found is None:
-        found = _served[key] = tuple(case for case in cases if _chosen_name(case, name) == backend)
+        found = _served[key] = tuple(case for case in cases if _serves(backend, name, case))
     return found
 
 
-def _chosen_name(case: Case, name: str) -> str | None:
+def _serves(backend: str, name: str, case: Case) -> bool:
     try:
-        return choose(case, registered(), name).name
+        chosen = choose(case, registered(), name)
     except CannotServe:
-        return None
+        return False
+    return chosen.name == backend and (name != AUTO or chosen.lost(case) is None)

@@ -1,0 +1,213 @@
+"""What a record decides, and which record is in force."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl_kernels import _ops
+from rl_kernels.backends import gate as gates
+from rl_kernels.backends import records, streamed
+from rl_kernels.backends.gate import Gate
+from rl_kernels.backends.records import NO_RECORD, Here, Point, Record, Verdict, decide, describe, nearest, why_refused
+
+OP, CPU = "mixed_linear", torch.device("cpu")
+HERE = Here("sm_90", 13000, "triton 3.8", "abc")
+
+
+def point(tokens: int, ratio: float, kind: str = "linear", op: str = OP) -> Point:
+    return Point(op, "float32", kind, (tokens, 768, 768), ratio, {"streamed": 1.0, "mix then vendor": 0.5})
+
+
+def record(*points: Point, passed: bool = True, **changes: object) -> Record:
+    verdict = Verdict(OP, "float32", passed, "" if passed else "default configuration: y: RMS ratio 9.00")
+    made = Record("planted", *HERE[:1], "a device", HERE.driver, HERE.compiler, HERE.sources, "2026", "qualify")
+    return replace(made, verdicts=(verdict,), points=points, **changes)  # type: ignore[arg-type]
+
+
+def decision(tokens: int, found: Record | None, kind: str = "linear") -> str | None:
+    return decide(OP, "float32", kind, (tokens, 768, 768), found)
+
+
+def test_the_nearest_measured_size_decides() -> None:
+    found = record(point(1, 1.5), point(64, 0.5), point(4096, 1.23))
+    assert decision(5, found) == "slower than streamed at the nearest measured size (x1.50)"
+    assert decision(16, found) is None
+    assert decision(10**9, found) == "slower than streamed at the nearest measured size (x1.23)"
+    assert decision(0, found) is not None
+    assert decision(64, found, "dense contiguous") == "not measured: dense contiguous"
+
+
+def test_of_two_that_are_as_near_the_worse_decides() -> None:
+    two = [point(4, 0.5), point(16, 1.5)]
+    for points in (two, two[::-1]):
+        chosen = nearest(OP, "float32", "linear", (8, 768, 768), record(*points))
+        assert chosen is not None and chosen.sizes[0] == 16
+
+
+def test_a_win_is_a_win_within_the_tolerance_and_against_what_auto_could_run() -> None:
+    assert point(1, 1.02).won and not point(1, 1.03).won
+    assert point(1, 0.9).fastest == "streamed"
+
+
+def test_what_is_not_right_is_not_used() -> None:
+    assert decision(1, None) == NO_RECORD
+    assert decision(1, record(point(1, 0.5), passed=False)) == (
+        "failed its qualification: default configuration: y: RMS ratio 9.00"
+    )
+    assert decide(OP, "bfloat16", "linear", (1, 1, 1), record()) == "not qualified: the record does not have it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"schema": 0}, "the record has schema 0, expected 1"),
+        ({"architecture": "sm_80"}, "the record is of sm_80, this is sm_90"),
+        ({"sources": "other"}, "the record is of other kernel sources"),
+        ({"compiler": "triton 3.6"}, "the record is of triton 3.6, this is triton 3.8"),
+        ({"driver": 13010}, "the record is of a driver for CUDA 13010, this one supports 13000"),
+        ({"driver": 12080}, None),
+    ],
+    ids=str,
+)
+def test_what_a_record_has_to_fit(changes: dict[str, object], reason: str | None) -> None:
+    assert why_refused(record(**changes), HERE) == reason
+
+
+def test_a_record_survives_its_file() -> None:
+    found = record(point(1, 0.5), point(64, 1.5), versions={"torch": "2.13.0"})
+    text = found.as_json()
+    assert Record.from_json(text) == found
+    assert len(text.splitlines()) < 30
+    later = json.loads(text) | {"schema": 2, "points": "of another form"}
+    assert Record.from_json(json.dumps(later)).schema == 2
+
+
+def test_calls_are_described_alike_whatever_the_op() -> None:
+    x, dy, weight = torch.empty(2, 3, 8), torch.empty(2, 3, 5), torch.empty(5, 8)
+    masks = ([True], True, [])
+    for op, arguments in {
+        "mixed_linear": (x, [weight], None, None),
+        "mixed_linear_dgrad": (dy, [weight], None),
+        "mixed_linear_wgrad": (dy, x, [weight], None, None, *masks),
+    }.items():
+        assert describe(op, arguments) == ("linear", (6, 5, 8))
+    x, weight = torch.empty(2, 8, 9, 9).to(memory_format=torch.channels_last), torch.empty(6, 4, 3, 3)
+    dy = torch.empty(2, 6, 5, 5).to(memory_format=torch.channels_last)
+    geometry = ([2, 2], [1, 1], [1, 1], 2)
+    for op, arguments in {
+        "mixed_conv": (x, [weight], None, None, *geometry),
+        "mixed_conv_dgrad": (dy, [weight], None, [*x.shape], *geometry),
+        "mixed_conv_wgrad": (dy, x, [weight], None, None, *masks, *geometry),
+    }.items():
+        assert describe(op, arguments) == ("grouped channels_last strided", (50, 3, 4, 9, 2))
+    one = ([1], [0], [1])
+    assert describe("mixed_conv", (torch.empty(1, 6, 4), [torch.empty(6, 1, 1)], None, None, *one, 6)) == (
+        "depthwise contiguous",
+        (4, 1, 1, 1, 6),
+    )
+
+
+# Files.
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of the user's own records, and one of committed ones beside it."""
+    monkeypatch.setenv(gates.CACHE_VARIABLE, str(tmp_path / "own"))
+    monkeypatch.setattr(gates, "COMMITTED", tmp_path / "committed")
+    for folder in ("own", "committed"):
+        (tmp_path / folder).mkdir()
+    yield tmp_path / "own"
+    gates.forget()
+
+
+def planted(needed: bool = True) -> Gate:
+    return Gate("planted", needed, files=lambda: [Path(streamed.__file__)])
+
+
+def put(folder: Path, found: Record, gate: Gate, **changes: object) -> Path:
+    """Write ``found`` as a record of this machine, but for ``changes``."""
+    path = folder / gates.file_name("planted", gates.architecture(CPU))
+    path.write_text(replace(found, **(gate.here(CPU)._asdict() | changes)).as_json())  # type: ignore[arg-type]
+    gates.forget()
+    return path
+
+
+def test_without_a_record(cache: Path) -> None:
+    assert planted().refuses(OP, "cpu", torch.float32) == NO_RECORD
+    assert planted(needed=False).refuses(OP, "cpu", torch.float32) is None
+
+
+def test_the_users_record_beats_a_committed_one(cache: Path) -> None:
+    gate = planted()
+    put(cache.parent / "committed", record(point(1, 0.5)), gate)
+    assert gate.refuses(OP, "cpu", torch.float32) is None
+    put(cache, record(passed=False), gate)
+    reason = gate.refuses(OP, "cpu", torch.float32)
+    assert reason is not None and reason.startswith("failed its qualification")
+    put(cache, record(passed=False), gate, sources="older")
+    assert gate.refuses(OP, "cpu", torch.float32) is None, "a record that does not fit hides one that does"
+
+
+def test_a_record_of_other_sources_says_so(cache: Path) -> None:
+    gate = planted()
+    put(cache, record(point(1, 0.5)), gate, sources="other")
+    reason = gate.refuses(OP, "cpu", torch.float32)
+    assert reason == "not qualified: the record is of other kernel sources; run python -m rl_kernels qualify"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"schema": 1}', '{"schema": 1, "points": 3, "verdicts": []}'])
+def test_a_broken_file_is_named_and_passed_over(cache: Path, text: str) -> None:
+    gate = planted()
+    path = put(cache, record(point(1, 0.5)), gate)
+    path.write_text(text)
+    with pytest.warns(UserWarning, match=f"{path.name}: cannot be read as a record"):
+        assert gate.refuses(OP, "cpu", torch.float32) == NO_RECORD
+
+
+def test_a_gate_decides_by_the_calls_sizes(cache: Path) -> None:
+    points = (point(1, 1.5), point(64, 0.5))
+    calls = {tokens: (torch.empty(tokens, 768), [torch.empty(768, 768)]) for tokens in (1, 64)}
+    for needed in (True, False):
+        gate = planted(needed)
+        put(cache, record(*points), gate)
+        assert gate.refuses(OP, "cpu", torch.float32) is None
+        assert gate.refuses_call(OP, calls[64]) is None
+        assert gate.refuses_call(OP, calls[1]) == "slower than streamed at the nearest measured size (x1.50)"
+        assert gate.lost(OP, "cpu", torch.float32) == "not near 1 of 2 measured sizes, where a rival was faster"
+        put(cache, record(points[0]), gate)
+        assert gate.refuses(OP, "cpu", torch.float32) == "slower than streamed at every measured size (x1.50 at best)"
+
+
+def test_what_a_record_is_silent_on(cache: Path) -> None:
+    for needed, reasons in (
+        (True, ("not measured", "not qualified: the record does not have it")),
+        (False, (None,) * 2),
+    ):
+        gate = planted(needed)
+        put(cache, record(), gate)
+        assert gate.refuses(OP, "cpu", torch.float32) == reasons[0]
+        assert gate.refuses(OP, "cpu", torch.float16) == reasons[1]
+
+
+def test_nothing_is_read_at_import() -> None:
+    program = (
+        "import rl_kernels as rl, torch; from rl_kernels.backends import gate\n"
+        "assert gate.find.cache_info().currsize == 0\n"
+        "rl.functional.mixed_linear(torch.ones(2, 3), (torch.ones(4, 3),), (1.0,))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_op_can_be_described() -> None:
+    assert all("linear" in op or "conv" in op for op in _ops.SCHEMAS)
+    assert records.SCHEMA == 1
