@@ -8,6 +8,7 @@ except ImportError as error:
     ) from error
 
 from rl_kernels import functional, nn
+from rl_kernels._accumulation import accumulate_into_grad
 from rl_kernels.backends import backends
 from rl_kernels.backends.selection import use_backend
 from rl_kernels.conversion import Plan, load_plain_state_dict, merge, plan, replace
@@ -23,4 +24,5 @@ __all__ = [
     "Plan",
     "backends",
     "use_backend",
+    "accumulate_into_grad",
 ]

@@ -37,6 +37,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from rl_kernels import _ops
+from rl_kernels._accumulation import places
 from rl_kernels._extension import EXTENSION, mixed_conv_call, mixed_linear_call
 from rl_kernels._recipe import accumulate_dtype, mix
 
@@ -44,11 +45,12 @@ Gradients = Sequence[Tensor | None]
 
 
 class Family(NamedTuple):
-    """The three ops of one kind of layer, and its forward in plain aten."""
+    """The three ops of one kind of layer, wgrad also in place, and its forward in plain aten."""
 
     forward: Any
     dgrad: Any
     wgrad: Any
+    wgrad_: Any
     check: Callable[..., None]
     """Raises unless the forward's arguments fit."""
     fast: Callable[..., Tensor | None]
@@ -96,6 +98,7 @@ LINEAR = Family(
     _ops.mixed_linear,
     _ops.mixed_linear_dgrad,
     _ops.mixed_linear_wgrad,
+    _ops.mixed_linear_wgrad_,
     _ops.check_mixed_linear,
     mixed_linear_call,
     _linear_composite,
@@ -106,6 +109,7 @@ CONV = Family(
     _ops.mixed_conv,
     _ops.mixed_conv_dgrad,
     _ops.mixed_conv_wgrad,
+    _ops.mixed_conv_wgrad_,
     _ops.check_mixed_conv,
     _fast_conv,
     _conv_composite,
@@ -261,6 +265,9 @@ def _wgrad(
     elif torch.is_grad_enabled() and _requires_grad(dy, x, coefficients, weights, biases):
         flat = _Wgrad.apply(family, geometry, masks, n, dy, x, coefficients, *weights, *(biases or ()))
         dweights, dcoefficients, dbiases = flat[:n], flat[n], flat[n + 1 :]
+    elif (into := places(weights, masks.weights)) is not None:
+        dweights, dcoefficients, dbiases = family.wgrad_(dy, x, weights, coefficients, biases, *masks, *geometry, into)
+        dweights = [None if place.numel() > 0 else g for g, place in zip(dweights, into, strict=True)]
     else:
         with torch._C._AutoDispatchBelowAutograd():
             dweights, dcoefficients, dbiases = family.wgrad(dy, x, weights, coefficients, biases, *masks, *geometry)

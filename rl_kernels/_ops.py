@@ -43,7 +43,14 @@ SCHEMAS = {
     "mixed_conv_wgrad": f"(Tensor dy, Tensor x, {_SOURCES}, Tensor[]? biases, {_MASKS}, {_GEOMETRY}) -> {_GRADIENTS}",
 }
 
-for _name, _schema in SCHEMAS.items():
+# As their namesakes, but that they add the gradient of source j to into[j] and return none, unless into[j] is empty.
+# They are eager only (``_accumulation.py``).
+IN_PLACE_SCHEMAS = {
+    f"{_name}_": SCHEMAS[_name].replace(") ->", ", Tensor(a!)[] into) ->")
+    for _name in ("mixed_linear_wgrad", "mixed_conv_wgrad")
+}
+
+for _name, _schema in (SCHEMAS | IN_PLACE_SCHEMAS).items():
     LIBRARY.define(_name + _schema)
 
 
@@ -330,7 +337,7 @@ def conv_memory_format(activation: Tensor, weights: Sequence[Tensor]) -> torch.m
 
 def as_rows(tensor: Tensor) -> Tensor:
     """``(*, features)`` as ``(rows, features)``; also where there are no elements, and -1 would be ambiguous."""
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def empty_gradients(
@@ -420,9 +427,11 @@ for _name, _fake in _FAKES.items():
 mixed_linear = torch.ops.rl_kernels.mixed_linear.default
 mixed_linear_dgrad = torch.ops.rl_kernels.mixed_linear_dgrad.default
 mixed_linear_wgrad = torch.ops.rl_kernels.mixed_linear_wgrad.default
+mixed_linear_wgrad_ = torch.ops.rl_kernels.mixed_linear_wgrad_.default
 mixed_conv = torch.ops.rl_kernels.mixed_conv.default
 mixed_conv_dgrad = torch.ops.rl_kernels.mixed_conv_dgrad.default
 mixed_conv_wgrad = torch.ops.rl_kernels.mixed_conv_wgrad.default
+mixed_conv_wgrad_ = torch.ops.rl_kernels.mixed_conv_wgrad_.default
 
 
 # FLOPs: those of the plain layer (the mix is not counted, as torch counts no pointwise work). Formulas get shapes.

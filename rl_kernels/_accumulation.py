@@ -1,0 +1,73 @@
+"""Gradients of the sources, added to where they belong by the kernels themselves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl_kernels._extension import EXTENSION
+
+_enabled = False
+
+
+@contextlib.contextmanager
+def accumulate_into_grad() -> Iterator[None]:
+    """Inside, a backward pass adds the sources' gradients straight to their places, and returns none to autograd.
+
+    A source's place is its ``main_grad``, if it has this attribute (a float32 tensor beside half-precision weights, as
+    Megatron-LM keeps), else its ``.grad`` if there is one: in the first of several micro-batches ``.grad`` is made as
+    ever. A backend whose kernels can add does so in the epilogue of its product, and no gradient is a tensor on the
+    way; others add what they return.
+
+    What hangs on a gradient's way through autograd does not see these: hooks of the parameter, and so
+    DistributedDataParallel and FSDP. Coefficients and biases take the usual way, as does everything under
+    ``create_graph``, ``torch.compile`` and ``torch.func``. Use it around the forward and the backward; the setting is
+    the process's.
+
+    Raises:
+        ValueError: in backward: a ``main_grad`` has another shape or device than its source, or neither float32 nor
+            the source's dtype.
+    """
+    global _enabled
+    previous = _enabled
+    _set(True)
+    try:
+        yield
+    finally:
+        _set(previous)
+
+
+def _set(value: bool) -> None:
+    global _enabled
+    _enabled = value
+    if EXTENSION.module is not None:
+        EXTENSION.module.set_bypassed(value)  # The fast path's backward returns its gradients.
+
+
+def places(weights: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor] | None:
+    """Where each source's gradient is to be added, and an empty tensor where autograd gets it; None: it gets all."""
+    if not _enabled:
+        return None
+    found = [
+        _place(weight, j) if wanted else None for j, (weight, wanted) in enumerate(zip(weights, mask, strict=True))
+    ]
+    if all(place is None for place in found):
+        return None
+    return [weight.new_empty(0) if place is None else place for weight, place in zip(weights, found, strict=True)]
+
+
+def _place(weight: Tensor, j: int) -> Tensor | None:
+    place: Any = getattr(weight, "main_grad", None)
+    if place is None:
+        return weight.grad if weight.is_leaf else None
+    expected = f"a tensor of shape {tuple(weight.shape)} on {weight.device}, float32 or {weight.dtype}"
+    if not isinstance(place, Tensor):
+        raise ValueError(f"weights[{j}].main_grad: got {type(place).__name__}, expected {expected}")
+    if place.shape != weight.shape or place.device != weight.device or place.dtype not in (torch.float32, weight.dtype):
+        came = f"shape {tuple(place.shape)} on {place.device} in {place.dtype}"
+        raise ValueError(f"weights[{j}].main_grad: got {came}, expected {expected}")
+    return place
