@@ -270,7 +270,35 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def select(groups: Iterable[str], dtypes: Sequence[str], quick: bool = False) -> list[Case]:
-    """The cases of ``groups``, in each of ``dtypes``, in the order of :data:`CASES`; with ``quick`` the quick ones."""
-    chosen = [case for case in CASES if case.group in set(groups) and (case.quick or not quick)]
+# The most important first: a run may be cut off.
+GPU_CASES: tuple[Case, ...] = (
+    _linear(4096, 4096, 4096, quick=True),
+    _linear(8192, 4096, 4096),
+    _linear(16, 4096, 4096, quick=True),
+    _linear(64, 4096, 4096),
+    *_conv("", 256, 256, 14, 3, 64, quick=True),
+    *_conv("", 64, 64, 56, 3, 64),
+    _linear(512, 4096, 4096, quick=True),
+    _linear(2048, 4096, 4096),
+    _linear(1, 4096, 4096),
+    _linear(12608, 2304, 768),  # ViT-B's, of 64 images
+    _linear(12608, 768, 3072),
+    *_conv("", 16, 16, 32, 3, 128, quick=True),  # CIFAR's ResNets
+    *_conv("", 32, 32, 16, 3, 128),
+    *_conv("", 64, 64, 8, 3, 128),
+    *_conv("", 128, 128, 28, 3, 64),
+    *_conv("", 512, 512, 7, 3, 64),
+    *_conv("", 256, 64, 56, 1, 64),
+    *_conv("", 128, 256, 28, 3, 64, stride=2),
+    *_conv("32 groups", 256, 256, 14, 3, 64, groups=32),
+    *_conv("depthwise", 256, 256, 14, 7, 64, groups=256),
+    _linear(8, 8, 8, " (overhead)", quick=True),
+    *(case for case in CASES if case.group in ("attention", "block", "model")),
+)
+
+
+def select(groups: Iterable[str], dtypes: Sequence[str], quick: bool = False, device: str = "cpu") -> list[Case]:
+    """The cases of ``groups`` for a device, in each of ``dtypes``; with ``quick`` the quick ones."""
+    cases = GPU_CASES if device == "cuda" else CASES
+    chosen = [case for case in cases if case.group in set(groups) and (case.quick or not quick)]
     return [dataclasses.replace(case, dtype=dtype) for case in chosen for dtype in dtypes]

@@ -222,7 +222,7 @@ def run_command(
         raise click.BadParameter("got cuda, expected cpu: torch finds no GPU here", param_hint="--device")
     if threads is not None:
         torch.set_num_threads(threads)
-    cases = [case for case in select(groups, dtypes, quick) if only is None or only.search(case.key)]
+    cases = [case for case in select(groups, dtypes, quick, device) if only is None or only.search(case.key)]
     if not cases:
         pattern = "" if only is None else f" that match {only.pattern!r}"
         raise click.BadParameter(

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import CASES, DTYPES, GROUPS, ConvCase, LinearCase, select
+from benchmarks.cases import CASES, DTYPES, GPU_CASES, GROUPS, Case, ConvCase, LinearCase, select
 from benchmarks.contenders import BOTH, FORWARD
 from benchmarks.models import MODELS, OPTIMIZERS
 from benchmarks.problems import build
@@ -17,11 +17,15 @@ SHAPES = {
 }
 
 
-def test_names_are_unique_and_groups_are_complete() -> None:
-    keys = [case.key for case in CASES]
+@pytest.mark.parametrize("cases", [CASES, GPU_CASES], ids=["cpu", "gpu"])
+def test_names_are_unique_and_groups_are_complete(cases: tuple[Case, ...]) -> None:
+    keys = [case.key for case in cases]
     assert len(keys) == len(set(keys))
-    assert {case.group for case in CASES} == set(GROUPS)
-    assert {case.group for case in CASES if case.quick} == set(GROUPS)
+    assert {case.group for case in cases} == set(GROUPS)
+    assert {case.group for case in cases if case.quick} == set(GROUPS)
+
+
+def test_the_linear_layers() -> None:
     assert {(case.m, case.n, case.k) for case in CASES if isinstance(case, LinearCase)} == SHAPES
 
 
@@ -45,6 +49,8 @@ def test_selection_by_group_dtype_and_quick() -> None:
     assert {case.group for case in chosen} == {"linear"}
     assert {case.dtype for case in chosen} == {"float32", "bfloat16"}
     assert len(chosen) == 2 * len(SHAPES)
+    large = select(["linear"], ["bfloat16"], device="cuda")
+    assert [case.name for case in large] == [case.name for case in GPU_CASES if case.group == "linear"]
     quick = select(GROUPS, ["float32"], quick=True)
     assert quick and all(case.quick for case in quick)
 
