@@ -218,6 +218,19 @@ def test_interpreted_triton_is_never_automatic(monkeypatch: pytest.MonkeyPatch) 
     assert triton.automatic(Case("mixed_linear", "cpu", torch.float32)) == "is interpreted (TRITON_INTERPRET=1)"
 
 
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of it is imported."""
+    pytest.importorskip("triton")
+    for version, said in (("3.5.1", "triton 3.5.1 is older than 3.6"), ("3.6.0", None), ("4.0.0+git", None)):
+        triton._missing.cache_clear()
+        monkeypatch.setattr(triton.metadata, "version", lambda name, version=version: version)
+        reason = triton.refuses(Case("mixed_linear", "cuda", torch.float32))
+        assert reason == said or (
+            said is None and reason in (None, "is interpreted (TRITON_INTERPRET=1): on CPUs only")
+        )
+    triton._missing.cache_clear()
+
+
 @pytest.mark.parametrize("op", ["mixed_linear", "mixed_linear_wgrad", "mixed_conv", "mixed_conv_wgrad"])
 def test_triton_runs_in_every_configuration_that_its_heuristic_has(op: str) -> None:
     pytest.importorskip("triton")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from rl_kernels.backends.triton import heuristics
+from rl_kernels.backends.triton import heuristics, tuner
 from rl_kernels.backends.triton.heuristics import (
     A100,
     ADA,
@@ -122,3 +124,30 @@ def test_a_filter_stays_on_chip_where_it_fits_and_pays() -> None:
     assert choose_resident(work._replace(taps=25), H100) is None
     assert choose_resident(work._replace(columns=1000), H100) is None, "every program has one tile"
     assert choose_resident(work._replace(slowness=16.0), H100) is None, "float32"
+
+
+def test_a_table_goes_before_the_estimate(tmp_path: Path) -> None:
+    """What is found faster is kept, written, read again, and used where work and device are the same."""
+    work = forward(1024, 1024, 1024)
+    estimated, *others = heuristics.candidates(work, PRODUCT_CONFIGS, H100)
+    assert choose(work, PRODUCT_CONFIGS, H100)[:2] == estimated
+    chosen: list[tuple[Config, int]] = []
+
+    def step() -> None:
+        chosen.append(choose(work, PRODUCT_CONFIGS, H100)[:2])
+
+    def seconds(step: Callable[[], object]) -> float:
+        step()
+        return 0.5 if chosen[-1] == others[2] else 1.0
+
+    table = tuner.tune(step, tmp_path / "table.json", seconds)
+    assert table == {(work, H100): others[2]} == tuner.load(tmp_path / "table.json")
+    assert len(set(chosen)) == tuner.MOST
+    with heuristics.use_table(table):
+        assert choose(work, PRODUCT_CONFIGS, H100)[:2] == others[2]
+        assert choose(work, PRODUCT_CONFIGS, A100)[:2] == heuristics.candidates(work, PRODUCT_CONFIGS, A100)[0]
+    assert choose(work, PRODUCT_CONFIGS, H100)[:2] == estimated
+    assert tuner.tune(step, None, lambda step: 1.0) == {}, "nothing is faster"
+    (tmp_path / "table.json").write_text('[{"work": 3}]')
+    with pytest.raises(ValueError, match=r"table\.json: got no table of configurations"):
+        tuner.load(tmp_path / "table.json")

@@ -7,7 +7,9 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from rl_kernels.backends.selection import Case, Variants
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_SOURCES = 8
 CAPABILITY = (8, 0)
+OLDEST = (3, 6)
+"""Triton, of which earlier versions do not pass tuples of tensors to kernels as these use them."""
 
 
 def kernels(ops: Iterable[str]) -> dict[str, Callable[..., Any]]:
@@ -49,7 +53,14 @@ def refuses(case: Case) -> str | None:
 
 @functools.cache
 def _missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # As ROCm's and other builds name theirs otherwise.
+        return None
+    parts = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return f"triton {version} is older than {'.'.join(map(str, OLDEST))}" if parts < OLDEST else None
 
 
 def automatic(case: Case) -> str | None:
@@ -91,7 +102,7 @@ def variants(op: str, dtype: torch.dtype) -> Variants:
     row, scratch = (size, 0) if wgrad else (2 * size, size)
     work = heuristics.Work(1, 1, 1, row, size, scratch, 1.0)
     most = heuristics.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")).shared_bytes
-    for config in launch.configs(usual, dtype):
+    for config in launch.arithmetic(dtype, "conv" in op).configs(usual):
         if heuristics.shared_bytes(work, config) <= most:
             for splits in (1, 3):
                 name = f"configuration {'x'.join(map(str, config))}, {splits} splits"

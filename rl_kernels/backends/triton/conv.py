@@ -32,7 +32,7 @@ from rl_kernels.backends.triton.geometry import (
     tap_pointers,
 )
 from rl_kernels.backends.triton.heuristics import PRODUCT_CONFIGS, WGRAD_CONFIGS, Config, Work, cdiv, choose
-from rl_kernels.backends.triton.launch import INTERPRETED, Recipe, configs, on_device, precision, slowness
+from rl_kernels.backends.triton.launch import INTERPRETED, Recipe, arithmetic, on_device
 from rl_kernels.backends.triton.linear import GROUP, dot, reduce_product, tile_of
 from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
 
@@ -351,7 +351,9 @@ def mixed_conv_wgrad(
     if is_product(weights[0], stride, padding, groups, dy, x):
         matrices = [as_matrix(weight) for weight in weights]
         places = None if into is None else [None if to is None else as_matrix(to) for to in into]
-        found = linear.mixed_linear_wgrad(as_pixels(dy), as_pixels(x), matrices, coefficients, biases, *masks, places)
+        found = linear.mixed_linear_wgrad(
+            as_pixels(dy), as_pixels(x), matrices, coefficients, biases, *masks, places, True
+        )
         dweights = [
             as_filter(g, x.dim() - 2, memory_format) if wanted else g
             for g, wanted in zip(found[0], weights_mask, strict=True)
@@ -405,6 +407,7 @@ def correlate(
         depthwise.correlate(out, activation, recipe, biases, geometry)
         return
     pixels, all_taps = out.numel() // out.shape[1], math.prod(geometry.taps)
+    numbers = arithmetic(activation.dtype, convolution=True)
     dense = out.numel() == 1 + sum((size - 1) * step for size, step in zip(out.shape, out.stride(), strict=True))
     work = Work(
         rows=features,
@@ -413,7 +416,7 @@ def correlate(
         row_bytes=recipe.bytes,
         column_bytes=activation.element_size(),
         scratch_bytes=activation.element_size(),
-        slowness=slowness(activation.dtype),
+        slowness=numbers.slowness,
         taps=all_taps,
         repeats=groups,
         most_splits=heuristics.SPLITS[-1] if dense else 1,
@@ -423,7 +426,7 @@ def correlate(
     if small is not None:
         resident.correlate(out, activation, recipe, biases, geometry, groups, transposed, *small)
         return
-    config, splits, steps = choose(work, configs(CONV_CONFIGS, activation.dtype), device)
+    config, splits, steps = choose(work, numbers.configs(CONV_CONFIGS), device)
     target = out if splits == 1 else out.new_empty((splits, out.numel()), dtype=torch.float32)
     tiles = cdiv(features, config.rows) * cdiv(pixels, config.columns)
     bias_sources, bias_strides = recipe.vectors(biases)
@@ -452,7 +455,7 @@ def correlate(
         DIMENSIONS=out.dim() - 2,
         EVEN=channels % config.depth == 0,
         WIDE=is_far(out, activation, *recipe.weights),
-        PRECISION=precision(activation.dtype),
+        PRECISION=numbers.precision,
         WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
         BLOCK_FEATURES=config.rows,
         BLOCK_PIXELS=config.columns,
@@ -469,6 +472,7 @@ def wgrad(dy: Tensor, x: Tensor, recipe: Recipe, asked: Asked, geometry: Geometr
     """Write the weights' gradients, and leave the tiles' shares of <G, W_j> in the epilogue."""
     weight, batch, all_taps = recipe.weights[0], x.shape[0], math.prod(geometry.taps)
     out_features, in_features = weight.shape[0] // groups, weight.shape[1]
+    numbers = arithmetic(x.dtype, convolution=True)
     images = images_at_a_time(min(in_features, out_features), x, dy)
     turns = cdiv(batch, images) if images else 1
     # Every turn leaves a part of G.
@@ -482,11 +486,11 @@ def wgrad(dy: Tensor, x: Tensor, recipe: Recipe, asked: Asked, geometry: Geometr
         row_bytes=dy.element_size(),
         column_bytes=x.element_size(),
         scratch_bytes=0,
-        slowness=slowness(x.dtype),
+        slowness=numbers.slowness,
         repeats=groups * all_taps,
         most_splits=most_parts // turns,
     )
-    config, splits, steps = choose(work, configs(CONV_WGRAD_CONFIGS, x.dtype), heuristics.device_of(x.device))
+    config, splits, steps = choose(work, numbers.configs(CONV_WGRAD_CONFIGS), heuristics.device_of(x.device))
     columns = cdiv(in_features, config.columns) * all_taps
     tiles = groups * cdiv(out_features, config.rows) * columns
     epilogue = Epilogue(recipe, asked, columns, tiles)
@@ -520,7 +524,7 @@ def wgrad(dy: Tensor, x: Tensor, recipe: Recipe, asked: Asked, geometry: Geometr
             SPLIT=split,
             DIMENSIONS=x.dim() - 2,
             WIDE=is_far(dy, x),
-            PRECISION=precision(x.dtype),
+            PRECISION=numbers.precision,
             WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
             BLOCK_OUT=config.rows,
             BLOCK_IN=config.columns,
@@ -599,5 +603,7 @@ def _multiply(
     if out.numel() > 0:
         matrices = [as_matrix(weight) for weight in weights]
         strides = [matrix.stride()[::-1] if transposed else matrix.stride() for matrix in matrices]
-        linear.multiply(as_pixels(out), as_pixels(activation), matrices, strides, coefficients, biases, transposed)
+        linear.multiply(
+            as_pixels(out), as_pixels(activation), matrices, strides, coefficients, biases, transposed, True
+        )
     return out

@@ -145,7 +145,12 @@ class Choice(NamedTuple):
     steps: int
 
 
+Table = dict[tuple[Work, Device], tuple[Config, int]]
+"""The configuration and the number of splits of a work on a device, found otherwise than by estimating."""
+
 _forced: tuple[Config, int] | None = None
+_table: Table = {}
+_seen: dict[tuple[Work, Device], tuple[Config, ...]] | None = None
 
 
 @contextlib.contextmanager
@@ -157,6 +162,28 @@ def use_config(config: Config, splits: int = 1) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+@contextlib.contextmanager
+def use_table(table: Table) -> Iterator[None]:
+    """Inside, take configurations from ``table`` where it has the work and the device."""
+    global _table
+    previous, _table = _table, {**_table, **table}
+    try:
+        yield
+    finally:
+        _table = previous
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[tuple[Work, Device], tuple[Config, ...]]]:
+    """Fill what this yields with the works and devices that are chosen for inside, and the configurations there are."""
+    global _seen
+    previous, _seen = _seen, {}
+    try:
+        yield _seen
+    finally:
+        _seen = previous
 
 
 def shared_bytes(work: Work, config: Config) -> int:
@@ -216,7 +243,10 @@ def choose(work: Work, configs: tuple[Config, ...], device: Device) -> Choice:
     if _forced is not None:
         config, splits = _forced
         return _choice(work, shortened(config, work), min(splits, work.most_splits))
-    return _choose(work, configs, device)
+    if _seen is not None:
+        _seen[work, device] = configs
+    found = _table.get((work, device)) if _table else None
+    return _choose(work, configs, device) if found is None else _choice(work, *found)
 
 
 def shortened(config: Config, work: Work) -> Config:
@@ -232,7 +262,12 @@ def _choice(work: Work, config: Config, splits: int) -> Choice:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(work: Work, configs: tuple[Config, ...], device: Device) -> Choice:
-    best: tuple[float, Config, int] | None = None
+    return _choice(work, *candidates(work, configs, device)[0])
+
+
+def candidates(work: Work, configs: tuple[Config, ...], device: Device) -> list[tuple[Config, int]]:
+    """Every configuration and number of splits that may be chosen, the smallest estimate first."""
+    found: list[tuple[float, Config, int]] = []
     for config in dict.fromkeys(shortened(config, work) for config in configs):
         reads_twice = config.columns < work.columns <= FEW_COLUMNS
         if reads_twice or shared_bytes(work, config) > device.shared_bytes:
@@ -242,11 +277,9 @@ def _choose(work: Work, configs: tuple[Config, ...], device: Device) -> Choice:
             too_large = 4 * splits * work.repeats * work.rows * work.columns > WORKSPACE_BYTES
             if splits > 1 and (splits > work.most_splits or too_short or too_large):
                 break
-            time = estimate(work, config, splits, device)
-            if best is None or time < best[0]:
-                best = time, config, splits
-    assert best is not None, f"configs: none fits {device.shared_bytes} bytes of shared memory"
-    return _choice(work, *best[1:])
+            found.append((estimate(work, config, splits, device), config, splits))
+    assert found, f"configs: none fits {device.shared_bytes} bytes of shared memory"
+    return [(config, splits) for _, config, splits in sorted(found, key=lambda entry: entry[0])]
 
 
 def choose_resident(work: Work, device: Device) -> tuple[Config, int] | None:

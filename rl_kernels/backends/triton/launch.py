@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,21 +60,34 @@ def is_wide(farthest_stride: int) -> bool:
     return farthest_stride * 512 >= 1 << 31
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Of float32 products, by torch's own switch; other types have one only."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+class Arithmetic(NamedTuple):
+    """How products are computed.
+
+    Attributes:
+        precision: of float32 operands, as Triton names it; ``"ieee"`` for other types, which have one only.
+        slowness: how much longer products take than in 16 bits.
+    """
+
+    precision: str
+    slowness: float
+
+    def configs(self, usual: tuple[Config, ...]) -> tuple[Config, ...]:
+        """The configurations to choose from."""
+        return FLOAT32_CONFIGS if self == IEEE else usual
 
 
-def configs(usual: tuple[Config, ...], dtype: torch.dtype) -> tuple[Config, ...]:
-    """The configurations to choose from for operands of ``dtype``."""
-    return FLOAT32_CONFIGS if dtype == torch.float32 and precision(dtype) == "ieee" else usual
+HALF, TF32, IEEE = Arithmetic("ieee", 1.0), Arithmetic("tf32", 2.0), Arithmetic("ieee", 16.0)
 
 
-def slowness(dtype: torch.dtype) -> float:
-    """How much longer products take than in 16 bits."""
+def arithmetic(dtype: torch.dtype, convolution: bool) -> Arithmetic:
+    """For operands of ``dtype``; float32 by torch's own switches, which differ for convolutions."""
     if dtype != torch.float32:
-        return 1.0
-    return 2.0 if precision(dtype) == "tf32" else 16.0
+        return HALF
+    switches: Any = torch.backends.cudnn if convolution else torch.backends.cuda.matmul
+    newer = getattr(switches, "conv", switches)
+    if hasattr(newer, "fp32_precision"):  # torch 2.9, which raises where a user sets this one and the older is read.
+        return TF32 if newer.fp32_precision == "tf32" else IEEE
+    return TF32 if switches.allow_tf32 else IEEE
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -16,15 +16,7 @@ from torch import Tensor
 from rl_kernels import _ops
 from rl_kernels.backends.triton.epilogue import Asked, Epilogue, finish_tile
 from rl_kernels.backends.triton.heuristics import PRODUCT_CONFIGS, WGRAD_CONFIGS, Work, cdiv, choose, device_of
-from rl_kernels.backends.triton.launch import (
-    INTERPRETED,
-    Recipe,
-    configs,
-    is_wide,
-    on_device,
-    precision,
-    slowness,
-)
+from rl_kernels.backends.triton.launch import INTERPRETED, Recipe, arithmetic, is_wide, on_device
 from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
 
 GROUP = 8
@@ -356,10 +348,12 @@ def multiply(
     coefficients: Tensor,
     biases: Sequence[Tensor] | None,
     transposed: bool,
+    convolution: bool = False,
 ) -> None:
     """``out (tokens, features) = activation (tokens, reduction) W^T``, by W's strides of (feature, reduction)."""
     tokens, features = out.shape
     reduction = activation.shape[1]
+    numbers = arithmetic(activation.dtype, convolution)
     recipe = Recipe(weights, coefficients)
     work = Work(
         rows=features,
@@ -368,9 +362,9 @@ def multiply(
         row_bytes=recipe.bytes,
         column_bytes=activation.element_size(),
         scratch_bytes=activation.element_size(),
-        slowness=slowness(activation.dtype),
+        slowness=numbers.slowness,
     )
-    config, splits, steps = choose(work, configs(PRODUCT_CONFIGS, activation.dtype), device_of(activation.device))
+    config, splits, steps = choose(work, numbers.configs(PRODUCT_CONFIGS), device_of(activation.device))
     grid = (cdiv(features, config.rows) * cdiv(tokens, config.columns), splits)
     target = out if splits == 1 else out.new_empty((splits, tokens, features), dtype=torch.float32)
     bias_sources, bias_strides = recipe.vectors(biases)
@@ -396,7 +390,7 @@ def multiply(
             HAS_BIAS=biases is not None and splits == 1,
             EVEN=reduction % config.depth == 0,
             WIDE=is_wide(farthest),
-            PRECISION=precision(activation.dtype),
+            PRECISION=numbers.precision,
             WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
             BLOCK_FEATURES=config.rows,
             BLOCK_TOKENS=config.columns,
@@ -447,6 +441,7 @@ def mixed_linear_wgrad(
     coefficients_mask: bool,
     biases_mask: Sequence[bool],
     into: Sequence[Tensor | None] | None = None,
+    convolution: bool = False,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     dy, x = _ops.as_rows(dy), _ops.as_rows(x)
     asked = Asked.of(
@@ -465,6 +460,7 @@ def mixed_linear_wgrad(
         asked.coefficients.zero_()
         return asked.outputs
     recipe = Recipe(weights, coefficients)
+    numbers = arithmetic(x.dtype, convolution)
     needs_sums, needs_product = asked.sums(biases), asked.product and in_features > 0
     work = Work(
         rows=out_features,
@@ -473,9 +469,9 @@ def mixed_linear_wgrad(
         row_bytes=dy.element_size(),
         column_bytes=x.element_size(),
         scratch_bytes=0,
-        slowness=slowness(x.dtype),
+        slowness=numbers.slowness,
     )
-    config, splits, steps = choose(work, configs(WGRAD_CONFIGS, x.dtype), device_of(x.device))
+    config, splits, steps = choose(work, numbers.configs(WGRAD_CONFIGS), device_of(x.device))
     columns = cdiv(in_features, config.columns)
     tiles = cdiv(out_features, config.rows) * columns
     epilogue = Epilogue(recipe, asked, columns, tiles)
@@ -508,7 +504,7 @@ def mixed_linear_wgrad(
                 SPLIT=splits > 1,
                 EVEN=tokens % config.depth == 0,
                 WIDE=is_wide(max(*dy.stride(), *x.stride())),
-                PRECISION=precision(x.dtype),
+                PRECISION=numbers.precision,
                 WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
                 BLOCK_OUT=config.rows,
                 BLOCK_IN=config.columns,

@@ -114,11 +114,12 @@ def compiling_only(arch: str) -> Iterator[list[tuple[str, Any]]]:
 
 
 class Variant(NamedTuple):
-    """What is compiled: a call of an op, with a configuration forced."""
+    """What is compiled: a call of an op, with a configuration forced, in float32 or in TF32 where it is in float32."""
 
     name: str
     config: Config
     splits: int
+    tf32: bool
     work: Work
     call: Callable[[], Any]
 
@@ -132,7 +133,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     for variant in variants():
         if heuristics.shared_bytes(variant.work, variant.config) > DEVICES[arch].shared_bytes:
             continue
-        with use_config(variant.config, variant.splits), compiling_only(arch) as found:
+        with use_config(variant.config, variant.splits), tf32(variant.tf32), compiling_only(arch) as found:
             variant.call()
         config = "x".join(map(str, variant.config))
         resident = variant.config in heuristics.RESIDENT_CONFIGS  # Its sources are read once, and not in the loop.
@@ -143,6 +144,20 @@ def kernels(arch: str) -> Iterator[Kernel]:
             yield replace(seen, cycles=cycles) if seen.products else seen
 
 
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Set torch's switches for float32 products and convolutions."""
+    switches: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
 def variants() -> Iterator[Variant]:
     """Every configuration of every op in bfloat16, or float32 where it is for that, and other recipes in one each."""
     recipes: tuple[dict[str, Any], ...] = (
@@ -150,6 +165,7 @@ def variants() -> Iterator[Variant]:
         {"sources": 4},
         {"per_channel": True},
         {"source_dtype": torch.float32},
+        {"dtype": torch.float32, "tf32": True},
         {"splits": 4},
     )
     for op in ("mixed_linear", "mixed_linear_dgrad", "mixed_linear_wgrad"):
@@ -186,7 +202,7 @@ def _linear(op: str, config: Config, **options: Any) -> Variant:
             x, x, weights, coefficients, recipe.biases, *recipe.masks
         ),
     }
-    return Variant(f"{op} {recipe.name}", config, recipe.splits, recipe.work(op), calls[op])
+    return Variant(f"{op} {recipe.name}", config, recipe.splits, recipe.tf32, recipe.work(op), calls[op])
 
 
 def _conv(
@@ -223,7 +239,7 @@ def _conv(
         + f", stride {stride}" * (stride > 1)
     )
     name = f"{op} {recipe.name}, {shape}" + f", {kind}" * (groups > 1)
-    return Variant(name, config, recipe.splits, recipe.work(op), calls[op])
+    return Variant(name, config, recipe.splits, recipe.tf32, recipe.work(op), calls[op])
 
 
 class _Recipe:
@@ -237,8 +253,9 @@ class _Recipe:
         dtype: torch.dtype = torch.bfloat16,
         source_dtype: torch.dtype | None = None,
         splits: int = 1,
+        tf32: bool = False,
     ):
-        self.dtype, self.splits = dtype, splits
+        self.dtype, self.splits, self.tf32 = dtype, splits, tf32
         source_dtype = source_dtype or dtype
         out = shape[0]
         self.sources: tuple[Any, ...] = (
@@ -248,7 +265,7 @@ class _Recipe:
         self.biases = [torch.empty(out, dtype=source_dtype)] * sources
         self.masks: tuple[Any, ...] = [True] * sources, True, [True] * sources
         types = str(dtype) if source_dtype == dtype else f"{dtype} on {source_dtype}"
-        self.name = f"{types.replace('torch.', '')}, {sources} sources"
+        self.name = f"{types.replace('torch.', '')}{' as TF32' * tf32}, {sources} sources"
         self.name += ", per channel" * per_channel + f", {splits} splits" * (splits > 1)
 
     def work(self, op: str) -> Work:

@@ -24,7 +24,7 @@ from rl_kernels.backends.triton.geometry import (
     tap_pointers,
 )
 from rl_kernels.backends.triton.heuristics import Config
-from rl_kernels.backends.triton.launch import INTERPRETED, Recipe, precision
+from rl_kernels.backends.triton.launch import INTERPRETED, Recipe
 from rl_kernels.backends.triton.linear import dot
 from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
 
@@ -177,7 +177,7 @@ def correlate(
         TAPS_W=taps[2],
         EVEN=channels == config.depth,
         WIDE=is_far(out, activation, *recipe.weights),
-        PRECISION=precision(activation.dtype),
+        PRECISION="ieee",
         WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
         BLOCK_FEATURES=config.rows,
         BLOCK_PIXELS=config.columns,
