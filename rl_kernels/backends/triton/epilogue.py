@@ -357,4 +357,5 @@ class Epilogue:
             SUMS=sums is not None,
             HAS_BIAS=biases is not None,
             BLOCK=BLOCK,
+            num_warps=8,
         )

@@ -79,7 +79,7 @@ WGRAD_CONFIGS = (
 
 FLOAT32_CONFIGS = (
     Config(128, 64, 16, 8, 3),
-    Config(64, 64, 16, 4, 3),
+    Config(64, 64, 16, 8, 3),
     Config(64, 32, 32, 4, 3),
     Config(32, 16, 32, 2, 3),
 )

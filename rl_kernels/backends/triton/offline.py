@@ -7,10 +7,11 @@ what a GPU would run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from rl_kernels import _ops
 from rl_kernels.backends.triton import conv, heuristics, linear
 from rl_kernels.backends.triton.heuristics import Config, Work, use_config
 
@@ -124,13 +126,14 @@ class Variant(NamedTuple):
     call: Callable[[], Any]
 
 
-def kernels(arch: str) -> Iterator[Kernel]:
+def kernels(arch: str, ops: Collection[str] = tuple(_ops.SCHEMAS)) -> Iterator[Kernel]:
     """Compile every kernel in every configuration that fits ``arch``, and some variants in one configuration each.
 
     Args:
         arch: one of ``DEVICES``.
+        ops: whose kernels to compile.
     """
-    for variant in variants():
+    for variant in variants(ops):
         if heuristics.shared_bytes(variant.work, variant.config) > DEVICES[arch].shared_bytes:
             continue
         with use_config(variant.config, variant.splits), tf32(variant.tf32), compiling_only(arch) as found:
@@ -158,7 +161,7 @@ def tf32(allowed: bool) -> Iterator[None]:
             switch.allow_tf32 = value
 
 
-def variants() -> Iterator[Variant]:
+def variants(ops: Collection[str] = tuple(_ops.SCHEMAS)) -> Iterator[Variant]:
     """Every configuration of every op in bfloat16, or float32 where it is for that, and other recipes in one each."""
     recipes: tuple[dict[str, Any], ...] = (
         {"sources": 1},
@@ -168,7 +171,7 @@ def variants() -> Iterator[Variant]:
         {"dtype": torch.float32, "tf32": True},
         {"splits": 4},
     )
-    for op in ("mixed_linear", "mixed_linear_dgrad", "mixed_linear_wgrad"):
+    for op in (op for op in ops if "linear" in op):
         configs: tuple[Config, ...] = heuristics.WGRAD_CONFIGS if op.endswith("wgrad") else heuristics.PRODUCT_CONFIGS
         yield from (_linear(op, config) for config in configs)
         yield from (_linear(op, config, dtype=torch.float32) for config in heuristics.FLOAT32_CONFIGS)
@@ -182,7 +185,7 @@ def variants() -> Iterator[Variant]:
         {"groups": CHANNELS},
         {"groups": CHANNELS, "channels_last": False},
     )
-    for op in ("mixed_conv", "mixed_conv_dgrad", "mixed_conv_wgrad"):
+    for op in (op for op in ops if "conv" in op):
         configs = conv.CONV_WGRAD_CONFIGS if op.endswith("wgrad") else conv.CONV_CONFIGS
         yield from (_conv(op, config) for config in configs)
         yield from (_conv(op, config, dtype=torch.float32) for config in heuristics.FLOAT32_CONFIGS)
@@ -278,11 +281,7 @@ class _Recipe:
 
 def look(compiled: Any, name: str, variant: str, config: str, arch: str) -> Kernel:
     """Read a compiled kernel's machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+    usage, code = _disassembled(compiled.asm["cubin"])
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert resources, f"cuobjdump: no resource usage in {usage!r}"
     loop = main_loop(code)
@@ -303,6 +302,15 @@ def look(compiled: Any, name: str, variant: str, config: str, arch: str) -> Kern
         load_bytes=min(map(_load_bytes, loads), default=0),
         cycles={},
     )
+
+
+@functools.cache
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """Of a compiled kernel, the resources that it uses, and its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", "-c", file.name)
 
 
 def _load_bytes(modifiers: str) -> int:
