@@ -150,15 +150,14 @@ def kernels(arch: str, ops: Collection[str] = tuple(_ops.SCHEMAS)) -> Iterator[K
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Set torch's switches for float32 products and convolutions."""
-    switches: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = allowed
+    products: Any = torch.backends.cuda.matmul
+    before = products.allow_tf32
+    products.allow_tf32 = allowed
     try:
-        yield
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+        products.allow_tf32 = before
 
 
 def variants(ops: Collection[str] = tuple(_ops.SCHEMAS)) -> Iterator[Variant]:
