@@ -11,7 +11,7 @@ from tests.ops.body import Case, cases, check
 BACKENDS = [backend.name for backend in registered()]
 KINDS = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 # Triton's interpreter runs a kernel's programs one after the other, in Python.
-SLOWLY_RUN = {"triton": 40} if os.environ.get("TRITON_INTERPRET") == "1" else {}
+SLOWLY_RUN = {"triton": 25} if os.environ.get("TRITON_INTERPRET") == "1" else {}
 
 quiet = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
