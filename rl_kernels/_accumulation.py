@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_kernels._extension import EXTENSION
+from rl_kernels._extension import without_fast_path
 
 _enabled = False
 
@@ -33,19 +33,12 @@ def accumulate_into_grad() -> Iterator[None]:
             the source's dtype.
     """
     global _enabled
-    previous = _enabled
-    _set(True)
+    previous, _enabled = _enabled, True
     try:
-        yield
+        with without_fast_path():  # Its backward returns its gradients.
+            yield
     finally:
-        _set(previous)
-
-
-def _set(value: bool) -> None:
-    global _enabled
-    _enabled = value
-    if EXTENSION.module is not None:
-        EXTENSION.module.set_bypassed(value)  # The fast path's backward returns its gradients.
+        _enabled = previous
 
 
 def places(weights: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor] | None:

@@ -38,7 +38,7 @@ from torch.autograd.function import Function
 
 from rl_kernels import _ops
 from rl_kernels._accumulation import places
-from rl_kernels._extension import EXTENSION, mixed_conv_call, mixed_linear_call
+from rl_kernels._extension import EXTENSION, mixed_conv_call, mixed_linear_call, without_fast_path
 from rl_kernels._recipe import accumulate_dtype, mix
 
 Gradients = Sequence[Tensor | None]
@@ -133,19 +133,13 @@ _plain_torch = False
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside, every call takes way 2: what a user could write in plain torch. For comparisons."""
-    previous = _plain_torch
-    _set_plain_torch(True)
-    try:
-        yield
-    finally:
-        _set_plain_torch(previous)
-
-
-def _set_plain_torch(value: bool) -> None:
     global _plain_torch
-    _plain_torch = value
-    if EXTENSION.module is not None:
-        EXTENSION.module.set_bypassed(value)
+    previous, _plain_torch = _plain_torch, True
+    try:
+        with without_fast_path():
+            yield
+    finally:
+        _plain_torch = previous
 
 
 def _needs_composite(tensors: Sequence[Tensor]) -> bool:

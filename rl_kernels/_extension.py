@@ -6,11 +6,13 @@ built for, and is loaded only where that fits.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,3 +79,22 @@ def _declines(*arguments: Any) -> None:
 # The fast path: a whole call in C++, or None where it declines. It never serves before selection.py says that it may.
 mixed_linear_call: Any = getattr(EXTENSION.module, "mixed_linear_call", _declines)
 mixed_conv_call: Any = getattr(EXTENSION.module, "mixed_conv_call", _declines)
+
+_bypasses = 0
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Inside, the fast path declines every call, whatever else is entered and left meanwhile."""
+    _set_bypasses(_bypasses + 1)
+    try:
+        yield
+    finally:
+        _set_bypasses(_bypasses - 1)
+
+
+def _set_bypasses(count: int) -> None:
+    global _bypasses
+    _bypasses = count
+    if EXTENSION.module is not None:
+        EXTENSION.module.set_bypassed(count > 0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rl_kernels as rl
+from rl_kernels._autograd import plain_torch
 from rl_kernels.backends import registered, selection
 
 BACKENDS = [backend.name for backend in registered()]
@@ -134,6 +135,23 @@ def test_no_gradient_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given[0][0] is not None and given[0][0].data_ptr() == layer.weights[0].grad.data_ptr()
     assert seen in ([], [None])
     assert layer.weights[0].grad.any() and layer.weights[1].grad is not None
+
+
+def test_a_comparison_within_leaves_it_on() -> None:
+    """And it leaves on a comparison around it: both keep the C++ fast path from calls."""
+    layer = Layer("linear")
+    layer()  # From the first call on the fast path serves.
+    for p in layer.weights:
+        p.main_grad = torch.zeros_like(p)
+    with rl.accumulate_into_grad():
+        with plain_torch():
+            layer()
+        layer.backward()
+    assert all(p.grad is None and bool(p.main_grad.any()) for p in layer.weights)
+    with plain_torch():
+        with rl.accumulate_into_grad():
+            layer()
+        assert layer().grad_fn.name() == "AddmmBackward0"
 
 
 def test_what_autograd_has_to_see_takes_the_usual_way() -> None:
