@@ -9,23 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from rl_kernels.backends.triton import heuristics, tuner
-from rl_kernels.backends.triton.heuristics import (
-    A100,
-    ADA,
+from rl_kernels.backends import heuristics
+from rl_kernels.backends.heuristics import A100, ADA, H100, Choice, Config, Device, Work, choose, estimate, use_config
+from rl_kernels.backends.triton import tuner
+from rl_kernels.backends.triton.configs import (
     FLOAT32_CONFIGS,
-    H100,
     PRODUCT_CONFIGS,
     RESIDENT_CONFIGS,
     WGRAD_CONFIGS,
-    Choice,
-    Config,
-    Device,
-    Work,
-    choose,
     choose_resident,
-    estimate,
-    use_config,
+    resident_bytes,
 )
 
 DEVICES = (A100, ADA, H100)
@@ -117,7 +110,7 @@ def test_a_filter_stays_on_chip_where_it_fits_and_pays() -> None:
         assert found is not None
         config, programs = found
         assert config.rows == channels and config in RESIDENT_CONFIGS
-        assert heuristics.resident_bytes(work, config, device) <= device.shared_bytes
+        assert resident_bytes(work, config, device) <= device.shared_bytes
         assert programs >= device.multiprocessors
     assert choose_resident(work._replace(rows=64, depth=64), ADA) is None, "too much shared memory"
     assert choose_resident(work._replace(rows=65), H100) is None

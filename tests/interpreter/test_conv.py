@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from rl_kernels import _ops
-from rl_kernels.backends import reference
-from rl_kernels.backends.triton import conv, depthwise, heuristics
+from rl_kernels.backends import heuristics, reference
+from rl_kernels.backends.heuristics import H100, Config, use_config
+from rl_kernels.backends.triton import conv, depthwise
+from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS, RESIDENT_CONFIGS
 from rl_kernels.backends.triton.conv import CONV_CONFIGS, CONV_WGRAD_CONFIGS
-from rl_kernels.backends.triton.heuristics import FLOAT32_CONFIGS, H100, RESIDENT_CONFIGS, Config, use_config
 
 SMALL = Config(32, 16, 16, 4, 2)
 TINY = Config(16, 16, 16, 4, 2)

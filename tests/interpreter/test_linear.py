@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rl_kernels.backends import reference
+from rl_kernels.backends.heuristics import Config, use_config
 from rl_kernels.backends.triton import linear
-from rl_kernels.backends.triton.heuristics import FLOAT32_CONFIGS, PRODUCT_CONFIGS, WGRAD_CONFIGS, Config, use_config
+from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS, PRODUCT_CONFIGS, WGRAD_CONFIGS
 
 SHAPES = ((1, 13, 26), (13, 257, 1), (26, 1, 257), (257, 26, 13), (150, 130, 70))
 """Tokens, out_features, in_features."""

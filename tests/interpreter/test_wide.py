@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rl_kernels.backends import reference
+from rl_kernels.backends.heuristics import Config, use_config
 from rl_kernels.backends.triton import conv, linear
-from rl_kernels.backends.triton.heuristics import Config, use_config
 
 FAR = (1 << 30) + 8
 """Elements between rows: the third one is out of a 32-bit offset's reach."""

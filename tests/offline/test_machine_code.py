@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from rl_kernels import _ops
 from rl_kernels.backends.triton import offline
-from rl_kernels.backends.triton.heuristics import FLOAT32_CONFIGS
+from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS
 
 SHARED_STORES = {"sm_80": 8, "sm_90": 16, "sm_100": 16}
 """In the main loop of products at most: the mixed tile's trip through shared memory. A rise is a regression."""

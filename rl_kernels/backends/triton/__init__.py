@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+from rl_kernels.backends import convolution, gpu, heuristics
+from rl_kernels.backends.gpu import arithmetic
 from rl_kernels.backends.selection import Case, Variants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,7 +81,8 @@ def refuses_call(op: str, arguments: Sequence[Any]) -> str | None:
 
 def files() -> list[Path]:
     """What a record of these kernels is bound to: their sources."""
-    return [path for path in Path(__file__).parent.glob("*.py") if path.name != "offline.py"]
+    own = [path for path in Path(__file__).parent.glob("*.py") if path.name != "offline.py"]
+    return own + [Path(inspect.getfile(module)) for module in (convolution, gpu, heuristics)]
 
 
 def compiler() -> str:
@@ -89,20 +93,20 @@ def compiler() -> str:
 def variants(op: str, dtype: torch.dtype) -> Variants:
     """As the heuristic chooses, and in every configuration that it may choose for two sources on this device."""
     yield "", contextlib.nullcontext
-    from rl_kernels.backends.triton import heuristics, launch
+    from rl_kernels.backends.triton import configs
 
     wgrad = op.endswith("wgrad")
     if "linear" in op:
-        usual = heuristics.WGRAD_CONFIGS if wgrad else heuristics.PRODUCT_CONFIGS
+        usual = configs.WGRAD_CONFIGS if wgrad else configs.PRODUCT_CONFIGS
     elif wgrad:
         usual = _module(op).CONV_WGRAD_CONFIGS
     else:
-        usual = (*_module(op).CONV_CONFIGS, *heuristics.RESIDENT_CONFIGS)
+        usual = (*_module(op).CONV_CONFIGS, *configs.RESIDENT_CONFIGS)
     size = dtype.itemsize
     row, scratch = (size, 0) if wgrad else (2 * size, size)
     work = heuristics.Work(1, 1, 1, row, size, scratch, 1.0)
     most = heuristics.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")).shared_bytes
-    for config in launch.arithmetic(dtype, "conv" in op).configs(usual):
+    for config in configs.usable(usual, arithmetic(dtype, "conv" in op)):
         if heuristics.shared_bytes(work, config) <= most:
             for splits in (1, 3):
                 name = f"configuration {'x'.join(map(str, config))}, {splits} splits"

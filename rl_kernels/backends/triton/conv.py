@@ -7,9 +7,8 @@ is computed transposed, the mixed tile first.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,24 +16,34 @@ import triton.language as tl
 from torch import Tensor
 
 from rl_kernels import _ops
-from rl_kernels.backends.triton import depthwise, heuristics, linear, resident
-from rl_kernels.backends.triton.epilogue import Asked, Epilogue, finish_tile, wgrad_tile
+from rl_kernels.backends import heuristics
+from rl_kernels.backends.convolution import (
+    Geometry,
+    as_filter,
+    as_matrix,
+    as_pixels,
+    channels_innermost,
+    images_at_a_time,
+    is_product,
+    parts,
+    phases,
+)
+from rl_kernels.backends.gpu import Asked, Recipe, arithmetic, is_far, on_device, strides_of
+from rl_kernels.backends.heuristics import Config, Work, cdiv, choose
+from rl_kernels.backends.triton import configs, depthwise, linear, resident
+from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
+from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile, wgrad_tile
 from rl_kernels.backends.triton.geometry import (
     UNSPECIALISED,
-    Geometry,
-    is_far,
     is_inside,
     jump,
     pixel_of,
     place,
-    strides_of,
     tap_of,
     tap_pointers,
 )
-from rl_kernels.backends.triton.heuristics import PRODUCT_CONFIGS, WGRAD_CONFIGS, Config, Work, cdiv, choose
-from rl_kernels.backends.triton.launch import INTERPRETED, Recipe, arithmetic, on_device
 from rl_kernels.backends.triton.linear import GROUP, dot, reduce_product, tile_of
-from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias, mixed_tile
 
 # The largest product spills: beside its sums there are the pixels' coordinates to keep. One more is for 64 features.
 CONV_CONFIGS = (*PRODUCT_CONFIGS[1:3], Config(64, 256, 32, 8, 4), *PRODUCT_CONFIGS[3:])
@@ -144,10 +153,10 @@ def correlate_kernel(
             for j in tl.static_range(N):
                 factors = factors + (columns[j][None, :],)
         if EVEN:
-            weight = mixed_tile(here, offsets, factors, in_features[:, None], N, True, dtype)
+            weight = mixed_tile(here, offsets, factors, in_features[:, None], N, dtype)
             tile = tl.load(from_here + activation_offsets, mask=inside[None, :], other=0.0)
         else:
-            weight = mixed_tile(here, offsets, factors, in_features[:, None] & in_channels[None, :], N, True, dtype)
+            weight = mixed_tile(here, offsets, factors, in_features[:, None] & in_channels[None, :], N, dtype)
             tile = tl.load(from_here + activation_offsets, mask=in_channels[:, None] & inside[None, :], other=0.0)
         total = dot(weight, tile, total, PRECISION, WIDEN)
 
@@ -303,32 +312,15 @@ def mixed_conv_dgrad(
     dx = torch.empty(tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
     if is_product(weights[0], stride, padding, groups, dy, dx):
         return _multiply(dx, dy, weights, coefficients, None, transposed=True)
-    phases = list(_phases(weights[0].shape[2:], stride, padding, dilation))
+    every = list(phases(weights[0].shape[2:], stride, padding, dilation))
     ones = [1] * len(stride)
     with on_device(dy):
         for part, near in parts(dy, groups):
-            for pixels, taps, shifts, shift_steps in phases:
+            for pixels, taps, shifts, shift_steps in every:
                 recipe = Recipe([weight[(slice(None), slice(None), *taps)] for weight in weights], coefficients)
                 target = dx[(part, slice(None), *pixels)]
                 correlate(target, near, recipe, None, shifts, shift_steps, ones, groups, transposed=True)
     return dx
-
-
-def _phases(
-    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Iterator[tuple[list[slice], list[slice], list[int], list[int]]]:
-    """For each phase of the stride: the pixels of dx, the taps that meet them, and where these find their dy."""
-    for at in itertools.product(*(range(step) for step in stride)):
-        pixels, taps, shifts, shift_steps = [], [], [], []
-        for position, size, step, pad, dil in zip(at, kernel, stride, padding, dilation, strict=True):
-            apart = step // math.gcd(step, dil)
-            meets = (tap for tap in range(min(apart, size)) if (position + pad - tap * dil) % step == 0)
-            first = next(meets, size)
-            pixels.append(slice(position, None, step))
-            taps.append(slice(first, None, apart))
-            shifts.append((position + pad - first * dil) // step)
-            shift_steps.append(-apart * dil // step)
-        yield pixels, taps, shifts, shift_steps
 
 
 def mixed_conv_wgrad(
@@ -422,11 +414,11 @@ def correlate(
         most_splits=heuristics.SPLITS[-1] if dense else 1,
     )
     device = heuristics.device_of(activation.device)
-    small = heuristics.choose_resident(work, device)
+    small = configs.choose_resident(work, device)
     if small is not None:
         resident.correlate(out, activation, recipe, biases, geometry, groups, transposed, *small)
         return
-    config, splits, steps = choose(work, numbers.configs(CONV_CONFIGS), device)
+    config, splits, steps = choose(work, usable(CONV_CONFIGS, numbers), device)
     target = out if splits == 1 else out.new_empty((splits, out.numel()), dtype=torch.float32)
     tiles = cdiv(features, config.rows) * cdiv(pixels, config.columns)
     bias_sources, bias_strides = recipe.vectors(biases)
@@ -490,7 +482,7 @@ def wgrad(dy: Tensor, x: Tensor, recipe: Recipe, asked: Asked, geometry: Geometr
         repeats=groups * all_taps,
         most_splits=most_parts // turns,
     )
-    config, splits, steps = choose(work, numbers.configs(CONV_WGRAD_CONFIGS), heuristics.device_of(x.device))
+    config, splits, steps = choose(work, usable(CONV_WGRAD_CONFIGS, numbers), heuristics.device_of(x.device))
     columns = cdiv(in_features, config.columns) * all_taps
     tiles = groups * cdiv(out_features, config.rows) * columns
     epilogue = Epilogue(recipe, asked, columns, tiles)
@@ -535,61 +527,6 @@ def wgrad(dy: Tensor, x: Tensor, recipe: Recipe, asked: Asked, geometry: Geometr
     if split:
         epilogue.reduce(partial, geometry.taps, groups, out_features, in_features, config)
     return epilogue
-
-
-def parts(activation: Tensor, groups: int) -> Iterator[tuple[slice, Tensor]]:
-    """The parts of a batch that run at a time, and each as it is to be read."""
-    images = images_at_a_time(activation.shape[1] // groups, activation)
-    if images == 0:
-        yield slice(None), activation
-    for first in range(0, activation.shape[0] if images else 0, images or 1):
-        part = slice(first, first + images)
-        yield part, channels_innermost(activation[part])
-
-
-def images_at_a_time(channels: int, *activations: Tensor) -> int:
-    """How many images of a batch to copy at a time into an order with channels innermost; 0: none.
-
-    A tile whose channels lie apart is gathered element by element, anew for every tap. One copy, of what fits into the
-    workspace, costs less unless there are few channels a group.
-    """
-    elements = sum(tensor[0].numel() for tensor in activations if tensor.stride(1) != 1 and tensor.shape[0] > 0)
-    if channels < heuristics.LEAST_DEPTH or elements == 0:
-        return 0
-    return min(heuristics.WORKSPACE_BYTES // (elements * activations[0].element_size()), activations[0].shape[0])
-
-
-def channels_innermost(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(1) == 1 else tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def is_product(
-    weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, *activations: Tensor
-) -> bool:
-    """Whether a convolution is a product of (pixels, channels), for activations that can be seen so."""
-    points = groups == 1 and math.prod(weight.shape[2:]) == 1 and set(stride) == {1} and set(padding) == {0}
-    return points and all(tensor.movedim(1, -1).is_contiguous() for tensor in activations)
-
-
-def as_matrix(weight: Tensor) -> Tensor:
-    """A weight of one tap as (out, in)."""
-    for _ in range(weight.dim() - 2):
-        weight = weight.select(-1, 0)
-    return weight
-
-
-def as_pixels(tensor: Tensor) -> Tensor:
-    """(batch, channels, *spatial), with channels innermost, as (pixels, channels)."""
-    return _ops.as_rows(tensor.movedim(1, -1))
-
-
-def as_filter(matrix: Tensor, dimensions: int, memory_format: torch.memory_format) -> Tensor:
-    """(out, in), contiguous, as a weight of one tap, with the strides of its memory format."""
-    rows, columns = matrix.shape
-    ones = (1,) * dimensions
-    if memory_format == torch.contiguous_format:
-        return matrix.view(rows, columns, *ones)
-    return matrix.view(rows, *ones, columns).movedim(-1, 1)
 
 
 def _multiply(

@@ -10,22 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl_kernels.backends.triton import heuristics
-from rl_kernels.backends.triton.epilogue import Asked, Epilogue
+from rl_kernels.backends import heuristics
+from rl_kernels.backends.convolution import Geometry
+from rl_kernels.backends.gpu import Asked, Recipe, is_far, strides_of
+from rl_kernels.backends.heuristics import Config, Device, cdiv
+from rl_kernels.backends.triton.epilogue import Epilogue
 from rl_kernels.backends.triton.geometry import (
     UNSPECIALISED,
-    Geometry,
-    is_far,
     is_inside,
     jump,
     pixel_of,
     place,
-    strides_of,
     tap_of,
     tap_pointers,
 )
-from rl_kernels.backends.triton.heuristics import Config, Device, cdiv
-from rl_kernels.backends.triton.launch import Recipe
 from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
 
 FINISH = Config(128, 1, 1, 4, 1)
@@ -87,7 +85,7 @@ def depthwise_kernel(
         at_d, at_h, at_w = t_d * shift_steps[0], t_h * shift_steps[1], t_w * shift_steps[2]
         inside = in_pixels & is_inside(from_d + at_d, from_h + at_h, from_w + at_w, sizes, DIMENSIONS)
         here = tap_pointers(weights, weight_strides, t_d, t_h, t_w, N)
-        weight = mixed_tile(here, offsets, factors, in_channels, N, True, dtype)
+        weight = mixed_tile(here, offsets, factors, in_channels, N, dtype)
         from_here = activation + jump(t_d, t_h, t_w, shift_steps, strides)
         tile = tl.load(from_here + activation_offsets, mask=in_channels[:, None] & inside[None, :], other=0.0)
         total += weight.to(tl.float32)[:, None] * tile.to(tl.float32)

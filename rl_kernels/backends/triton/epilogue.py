@@ -7,18 +7,16 @@ its sum is split.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl_kernels import _ops
-from rl_kernels.backends.triton.geometry import strides_of, tap_of, tap_pointers
-from rl_kernels.backends.triton.heuristics import Config, cdiv
-from rl_kernels.backends.triton.launch import Recipe, bits, is_wide
+from rl_kernels.backends.gpu import Asked, Recipe, bits, is_wide, strides_of
+from rl_kernels.backends.heuristics import Config, cdiv
+from rl_kernels.backends.triton.geometry import tap_of, tap_pointers
 from rl_kernels.backends.triton.mix import load_factors
 
 BLOCK = 1024
@@ -218,62 +216,6 @@ def finish_coefficients_kernel(
         if DOTS and not PER_CHANNEL:
             grand = tl.sum(total, 0)
             tl.store(coefficient_gradients + j, grand.to(coefficient_gradients.dtype.element_ty))
-
-
-class Asked(NamedTuple):
-    """What a wgrad is asked for, and where it goes.
-
-    Attributes:
-        weights: the sources' gradients; anything where none is asked for.
-        coefficients: their gradients.
-        biases: their gradients.
-        weights_mask: which sources' gradients are asked for.
-        added: which of them are added to what ``weights`` holds.
-        coefficients_mask: whether the coefficients' are.
-        biases_mask: which biases' are.
-    """
-
-    weights: list[Tensor]
-    coefficients: Tensor
-    biases: list[Tensor]
-    weights_mask: Sequence[bool]
-    added: Sequence[bool]
-    coefficients_mask: bool
-    biases_mask: Sequence[bool]
-
-    @classmethod
-    def of(
-        cls,
-        like: Callable[[Tensor], Tensor],
-        weights: Sequence[Tensor],
-        coefficients: Tensor,
-        biases: Sequence[Tensor] | None,
-        weights_mask: Sequence[bool],
-        coefficients_mask: bool,
-        biases_mask: Sequence[bool],
-        into: Sequence[Tensor | None] | None,
-    ) -> Asked:
-        """For the arguments of a wgrad; ``like`` allocates a gradient, unless ``into`` has the place to add it to."""
-        into = into or [None] * len(weights)
-        new = [wanted and to is None for wanted, to in zip(weights_mask, into, strict=True)]
-        made = _ops.empty_gradients(like, weights, coefficients, biases, new, coefficients_mask, biases_mask)
-        places = [empty if to is None else to for empty, to in zip(made[0], into, strict=True)]
-        added = [to is not None for to in into]
-        return cls(places, made[1], made[2], weights_mask, added, coefficients_mask, biases_mask)
-
-    @property
-    def product(self) -> bool:
-        """Whether anything asked for needs G."""
-        return any(self.weights_mask) or self.coefficients_mask
-
-    def sums(self, biases: Sequence[Tensor] | None) -> bool:
-        """Whether anything asked for needs dy's sums over everything but its channels."""
-        return any(self.biases_mask) or (self.coefficients_mask and biases is not None)
-
-    @property
-    def outputs(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """What the op returns."""
-        return self.weights, self.coefficients, self.biases
 
 
 class Epilogue:

@@ -1,81 +1,14 @@
-"""Where a convolution's pixels, taps and channels lie.
-
-Missing dimensions have size 1: everything is three-dimensional. An output pixel p and a tap t meet at the input pixel
-``p * pixel_step + first_shift + t * shift_step``, in each dimension.
-"""
+"""Where a convolution's pixels, taps and channels lie, by its ``convolution.Geometry``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-Three = tuple[int, ...]
-
-
-class Geometry(NamedTuple):
-    """What kernels take of a convolution's geometry: (depth, height, width) each.
-
-    Attributes:
-        sizes: of the input.
-        out_sizes: of the output.
-        taps: of the filter.
-        first_shifts: from an output pixel, scaled, to the input pixel of its first tap.
-        shift_steps: from tap to tap.
-        pixel_steps: from output pixel to output pixel.
-    """
-
-    sizes: Three
-    out_sizes: Three
-    taps: Three
-    first_shifts: Three
-    shift_steps: Three
-    pixel_steps: Three
-
-    @classmethod
-    def of(
-        cls,
-        activation: Tensor,
-        out: Tensor,
-        weight: Tensor,
-        first_shifts: Sequence[int],
-        shift_steps: Sequence[int],
-        pixel_steps: Sequence[int],
-    ) -> Geometry:
-        """For an input (batch, channels, *sizes), an output alike and a filter (out, in, *taps)."""
-        return cls(
-            _three(activation.shape[2:], 1),
-            _three(out.shape[2:], 1),
-            _three(weight.shape[2:], 1),
-            _three(first_shifts, 0),
-            _three(shift_steps, 0),
-            _three(pixel_steps, 1),
-        )
-
+from rl_kernels.backends.convolution import Geometry
 
 # They differ from layer to layer, and are no strides of memory: nothing is gained by a kernel for each.
 UNSPECIALISED = list(Geometry._fields)
-
-
-def _three(values: Sequence[int], missing: int) -> Three:
-    return (*(missing,) * (3 - len(values)), *values)
-
-
-def strides_of(tensor: Tensor) -> tuple[int, ...]:
-    """Of (batch or out, channel, depth, height, width); 0 for dimensions that the tensor lacks."""
-    first, channel, *spatial = tensor.stride()
-    return (first, channel, *(0,) * (3 - len(spatial)), *spatial)
-
-
-def is_far(*tensors: Tensor) -> bool:
-    """Whether offsets within a tensor, with some room for what lies outside, may pass 2^31 elements."""
-    return any(
-        max(t.numel(), sum(size * stride for size, stride in zip(t.shape, t.stride(), strict=True))) >= 1 << 30
-        for t in tensors
-    )
 
 
 @triton.jit

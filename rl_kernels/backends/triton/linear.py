@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rl_kernels import _ops
-from rl_kernels.backends.triton.epilogue import Asked, Epilogue, finish_tile
-from rl_kernels.backends.triton.heuristics import PRODUCT_CONFIGS, WGRAD_CONFIGS, Work, cdiv, choose, device_of
-from rl_kernels.backends.triton.launch import INTERPRETED, Recipe, arithmetic, is_wide, on_device
-from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.gpu import Asked, Recipe, arithmetic, is_wide, on_device
+from rl_kernels.backends.heuristics import Work, cdiv, choose, device_of
+from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
+from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile
+from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias, mixed_tile
 
 GROUP = 8
 """Tiles of rows that run beside one another, and share the activation's tiles in L2."""
@@ -113,14 +114,14 @@ def product_kernel(
             for j in tl.static_range(N):
                 factors = factors + (columns[j][None, :],)
         if EVEN:
-            weight = mixed_tile(here, offsets, factors, in_features[:, None], N, True, dtype)
+            weight = mixed_tile(here, offsets, factors, in_features[:, None], N, dtype)
             tile = tl.load(
                 activation + tl.cast(start, tl.int64) * reduction_stride + activation_offsets,
                 mask=in_tokens[None, :],
                 other=0.0,
             )
         else:
-            weight = mixed_tile(here, offsets, factors, in_features[:, None] & inside[None, :], N, True, dtype)
+            weight = mixed_tile(here, offsets, factors, in_features[:, None] & inside[None, :], N, dtype)
             tile = tl.load(
                 activation + tl.cast(start, tl.int64) * reduction_stride + activation_offsets,
                 mask=inside[:, None] & in_tokens[None, :],
@@ -364,7 +365,7 @@ def multiply(
         scratch_bytes=activation.element_size(),
         slowness=numbers.slowness,
     )
-    config, splits, steps = choose(work, numbers.configs(PRODUCT_CONFIGS), device_of(activation.device))
+    config, splits, steps = choose(work, usable(PRODUCT_CONFIGS, numbers), device_of(activation.device))
     grid = (cdiv(features, config.rows) * cdiv(tokens, config.columns), splits)
     target = out if splits == 1 else out.new_empty((splits, tokens, features), dtype=torch.float32)
     bias_sources, bias_strides = recipe.vectors(biases)
@@ -471,7 +472,7 @@ def mixed_linear_wgrad(
         scratch_bytes=0,
         slowness=numbers.slowness,
     )
-    config, splits, steps = choose(work, numbers.configs(WGRAD_CONFIGS), device_of(x.device))
+    config, splits, steps = choose(work, usable(WGRAD_CONFIGS, numbers), device_of(x.device))
     columns = cdiv(in_features, config.columns)
     tiles = cdiv(out_features, config.rows) * columns
     epilogue = Epilogue(recipe, asked, columns, tiles)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, on CPU tensors; as the environment was when this was imported."""
 
 
 @triton.jit
@@ -31,19 +36,12 @@ def mix(sources, factors, N: tl.constexpr):
 
 
 @triton.jit
-def mixed_tile(pointers, offsets, factors, mask, N: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr):
+def mixed_tile(pointers, offsets, factors, mask, N: tl.constexpr, dtype: tl.constexpr):
     """A tile of the mixed weight, rounded once to ``dtype``; 0 outside of the mask, whatever the coefficients are."""
     sources = ()
     for j in tl.static_range(N):
-        if MASKED:
-            source = tl.load(pointers[j] + offsets[j], mask=mask, other=0.0)
-        else:
-            source = tl.load(pointers[j] + offsets[j])
-        sources = sources + (source,)
-    total = mix(sources, factors, N)
-    if MASKED:
-        total = tl.where(mask, total, 0.0)
-    return total.to(dtype)
+        sources = sources + (tl.load(pointers[j] + offsets[j], mask=mask, other=0.0),)
+    return tl.where(mask, mix(sources, factors, N), 0.0).to(dtype)
 
 
 @triton.jit

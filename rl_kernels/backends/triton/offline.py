@@ -23,8 +23,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from rl_kernels import _ops
-from rl_kernels.backends.triton import conv, heuristics, linear
-from rl_kernels.backends.triton.heuristics import Config, Work, use_config
+from rl_kernels.backends import heuristics
+from rl_kernels.backends.heuristics import Config, Work, use_config
+from rl_kernels.backends.triton import configs, conv, linear
 
 DEVICES = {"sm_80": heuristics.A100, "sm_90": heuristics.H100, "sm_100": heuristics.H100}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -139,7 +140,7 @@ def kernels(arch: str, ops: Collection[str] = tuple(_ops.SCHEMAS)) -> Iterator[K
         with use_config(variant.config, variant.splits), tf32(variant.tf32), compiling_only(arch) as found:
             variant.call()
         config = "x".join(map(str, variant.config))
-        resident = variant.config in heuristics.RESIDENT_CONFIGS  # Its sources are read once, and not in the loop.
+        resident = variant.config in configs.RESIDENT_CONFIGS  # Its sources are read once, and not in the loop.
         work = variant.work._replace(row_bytes=0, scratch_bytes=0) if resident else variant.work
         cycles = heuristics.limits(work, variant.config, DEVICES[arch])
         for name, kernel in found:
@@ -171,10 +172,10 @@ def variants(ops: Collection[str] = tuple(_ops.SCHEMAS)) -> Iterator[Variant]:
         {"splits": 4},
     )
     for op in (op for op in ops if "linear" in op):
-        configs: tuple[Config, ...] = heuristics.WGRAD_CONFIGS if op.endswith("wgrad") else heuristics.PRODUCT_CONFIGS
-        yield from (_linear(op, config) for config in configs)
-        yield from (_linear(op, config, dtype=torch.float32) for config in heuristics.FLOAT32_CONFIGS)
-        yield from (_linear(op, configs[2], **recipe) for recipe in recipes)
+        usual: tuple[Config, ...] = configs.WGRAD_CONFIGS if op.endswith("wgrad") else configs.PRODUCT_CONFIGS
+        yield from (_linear(op, config) for config in usual)
+        yield from (_linear(op, config, dtype=torch.float32) for config in configs.FLOAT32_CONFIGS)
+        yield from (_linear(op, usual[2], **recipe) for recipe in recipes)
     shapes: tuple[dict[str, Any], ...] = (
         {"kernel": (3,)},
         {"kernel": (3, 3, 3)},
@@ -185,12 +186,12 @@ def variants(ops: Collection[str] = tuple(_ops.SCHEMAS)) -> Iterator[Variant]:
         {"groups": CHANNELS, "channels_last": False},
     )
     for op in (op for op in ops if "conv" in op):
-        configs = conv.CONV_WGRAD_CONFIGS if op.endswith("wgrad") else conv.CONV_CONFIGS
-        yield from (_conv(op, config) for config in configs)
-        yield from (_conv(op, config, dtype=torch.float32) for config in heuristics.FLOAT32_CONFIGS)
+        usual = conv.CONV_WGRAD_CONFIGS if op.endswith("wgrad") else conv.CONV_CONFIGS
+        yield from (_conv(op, config) for config in usual)
+        yield from (_conv(op, config, dtype=torch.float32) for config in configs.FLOAT32_CONFIGS)
         if not op.endswith("wgrad"):
-            yield from (_conv(op, config, channels=config.rows) for config in heuristics.RESIDENT_CONFIGS)
-        yield from (_conv(op, configs[2], **options) for options in (*recipes, *shapes))
+            yield from (_conv(op, config, channels=config.rows) for config in configs.RESIDENT_CONFIGS)
+        yield from (_conv(op, usual[2], **options) for options in (*recipes, *shapes))
 
 
 def _linear(op: str, config: Config, **options: Any) -> Variant:

@@ -12,21 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rl_kernels.backends.convolution import Geometry
+from rl_kernels.backends.gpu import Recipe, is_far, strides_of
+from rl_kernels.backends.heuristics import Config
 from rl_kernels.backends.triton.geometry import (
     UNSPECIALISED,
-    Geometry,
-    is_far,
     is_inside,
     jump,
     pixel_of,
     place,
-    strides_of,
     tap_pointers,
 )
-from rl_kernels.backends.triton.heuristics import Config
-from rl_kernels.backends.triton.launch import INTERPRETED, Recipe
 from rl_kernels.backends.triton.linear import dot
-from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias, mixed_tile
 
 
 @triton.jit(do_not_specialize=[name for name in UNSPECIALISED if name != "taps"])
@@ -101,7 +99,7 @@ def resident_kernel(
     for tap in tl.static_range(TAPS_D * TAPS_H * TAPS_W):
         t_d, t_h, t_w = tap // TAPS_W // TAPS_H, tap // TAPS_W % TAPS_H, tap % TAPS_W
         here = tap_pointers(pointers, weight_strides, t_d, t_h, t_w, N)
-        filters = filters + (mixed_tile(here, offsets, factors, mask, N, True, dtype),)
+        filters = filters + (mixed_tile(here, offsets, factors, mask, N, dtype),)
     if HAS_BIAS:
         rows = load_factors(coefficients, source_stride, channel_stride, first_feature + f, in_features, N, PER_CHANNEL)
         bias = mixed_bias(biases, bias_strides, rows, first_feature + f, in_features, N, dtype)[:, None]

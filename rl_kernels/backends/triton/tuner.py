@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rl_kernels.backends.triton.heuristics import Config, Device, Table, Work, candidates, recording, use_table
+from rl_kernels.backends.heuristics import Config, Device, Table, Work, candidates, recording, use_table
 
 MOST = 12
 """How many configurations are timed of each product: those with the best estimates."""

@@ -1,20 +1,29 @@
-"""What the launches of every kernel have in common."""
+"""What the backends for GPUs have in common on the host: operands, and how they are multiplied."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rl_kernels.backends.triton.geometry import strides_of
-from rl_kernels.backends.triton.heuristics import FLOAT32_CONFIGS, Config
+from rl_kernels import _ops
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run in Triton's interpreter, on CPU tensors; as the environment was when this was imported."""
+
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """Of (batch or out, channel, depth, height, width); 0 for dimensions that the tensor lacks."""
+    first, channel, *spatial = tensor.stride()
+    return (first, channel, *(0,) * (3 - len(spatial)), *spatial)
+
+
+def is_far(*tensors: Tensor) -> bool:
+    """Whether offsets within a tensor, with some room for what lies outside, may pass 2^31 elements."""
+    return any(
+        max(t.numel(), sum(size * stride for size, stride in zip(t.shape, t.stride(), strict=True))) >= 1 << 30
+        for t in tensors
+    )
 
 
 class Recipe:
@@ -50,6 +59,62 @@ class Recipe:
         return tuple(biases), tuple(bias.stride(0) for bias in biases)
 
 
+class Asked(NamedTuple):
+    """What a wgrad is asked for, and where it goes.
+
+    Attributes:
+        weights: the sources' gradients; anything where none is asked for.
+        coefficients: their gradients.
+        biases: their gradients.
+        weights_mask: which sources' gradients are asked for.
+        added: which of them are added to what ``weights`` holds.
+        coefficients_mask: whether the coefficients' are.
+        biases_mask: which biases' are.
+    """
+
+    weights: list[Tensor]
+    coefficients: Tensor
+    biases: list[Tensor]
+    weights_mask: Sequence[bool]
+    added: Sequence[bool]
+    coefficients_mask: bool
+    biases_mask: Sequence[bool]
+
+    @classmethod
+    def of(
+        cls,
+        like: Callable[[Tensor], Tensor],
+        weights: Sequence[Tensor],
+        coefficients: Tensor,
+        biases: Sequence[Tensor] | None,
+        weights_mask: Sequence[bool],
+        coefficients_mask: bool,
+        biases_mask: Sequence[bool],
+        into: Sequence[Tensor | None] | None,
+    ) -> Asked:
+        """For the arguments of a wgrad; ``like`` allocates a gradient, unless ``into`` has the place to add it to."""
+        into = into or [None] * len(weights)
+        new = [wanted and to is None for wanted, to in zip(weights_mask, into, strict=True)]
+        made = _ops.empty_gradients(like, weights, coefficients, biases, new, coefficients_mask, biases_mask)
+        places = [empty if to is None else to for empty, to in zip(made[0], into, strict=True)]
+        added = [to is not None for to in into]
+        return cls(places, made[1], made[2], weights_mask, added, coefficients_mask, biases_mask)
+
+    @property
+    def product(self) -> bool:
+        """Whether anything asked for needs G."""
+        return any(self.weights_mask) or self.coefficients_mask
+
+    def sums(self, biases: Sequence[Tensor] | None) -> bool:
+        """Whether anything asked for needs dy's sums over everything but its channels."""
+        return any(self.biases_mask) or (self.coefficients_mask and biases is not None)
+
+    @property
+    def outputs(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """What the op returns."""
+        return self.weights, self.coefficients, self.biases
+
+
 def bits(mask: Sequence[bool]) -> int:
     """A mask as an integer, bit j for element j."""
     return sum(1 << j for j, wanted in enumerate(mask) if wanted)
@@ -70,10 +135,6 @@ class Arithmetic(NamedTuple):
 
     precision: str
     slowness: float
-
-    def configs(self, usual: tuple[Config, ...]) -> tuple[Config, ...]:
-        """The configurations to choose from."""
-        return FLOAT32_CONFIGS if self == IEEE else usual
 
 
 HALF, TF32, IEEE = Arithmetic("ieee", 1.0), Arithmetic("tf32", 2.0), Arithmetic("ieee", 16.0)
