@@ -1,0 +1,130 @@
+"""The CUDA backend with its kernels executed here: compiled by nvcc, launched on tensors of the host."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+from torch import Tensor
+
+from rl_kernels.backends.cuda import extension
+from tests.emulated.compilers import find_nvcc
+from tests.emulated.launch import Buffer, run
+from tests.emulated.memory import GLOBAL
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2}
+
+
+class Device:
+    """Gives tensors of the host addresses on a device that is not there, and executes kernels on them."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, Buffer] = {}
+
+    def address(self, tensor: Tensor) -> int:
+        """The same for a storage as long as this lives; what is between a tensor's elements stays outside."""
+        key = tensor.untyped_storage().data_ptr()
+        if key not in self.buffers:
+            self.buffers[key] = Buffer(tensor, GLOBAL + 1 + len(self.buffers))
+        buffer = self.buffers[key]
+        if tensor.numel():
+            buffer.elements(buffer.storage.inside, tensor)[...] = 255
+            buffer.elements(buffer.storage.valid, tensor)[...] = 255
+        return buffer.base + tensor.storage_offset() * tensor.element_size()
+
+    def run(self, *arguments: Any) -> None:
+        """As ``launch.run``, on what the tensors hold now."""
+        for buffer in self.buffers.values():
+            buffer.storage.data[buffer.here] = buffer.bytes
+        run(*arguments, buffers=self.buffers)
+
+
+@contextlib.contextmanager
+def emulated(
+    seed: int = 0,
+    late: bool | None = None,
+    edit: tuple[str, str, str] | None = None,
+    arch: str = "80",
+) -> Iterator[list[str]]:
+    """Inside, the CUDA backend takes tensors of the host, and executes its kernels; yields the names of those.
+
+    Args:
+        seed: of the order of blocks and warps, and of when asynchronous copies take effect.
+        late: whether that is as late as possible; None for by chance.
+        edit: a file of csrc/cuda, a text in it and what to put there: a fault to be caught.
+        arch: that they are compiled for.
+    """
+    launched: list[str] = []
+    device = Device()
+
+    def launch(
+        op: str,
+        name: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        params: ctypes.Structure,
+        operands: Sequence[Tensor],
+    ) -> None:
+        launched.append(name)
+        text = ptx_of(name, arch, edit)
+        device.run(text, name, grid, (threads,), [bytes(params)], shared_bytes, seed + len(launched), late)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "launch", launch)
+        patch.setattr(extension, "address", device.address)
+        yield launched
+
+
+def ptx_of(name: str, arch: str, edit: tuple[str, str, str] | None = None) -> str:
+    """The PTX of the file that has a kernel."""
+    stem, element = _file_of(name), name.rsplit("_", 1)[1]
+    return compiled(stem, element, arch, edit)
+
+
+@functools.cache
+def _file_of(name: str) -> str:
+    return {"linear": "linear_sm80", "conv": "conv_sm80", "small": "small_sm80", "resident": "resident_sm80"}[
+        name.split("_", 1)[0]
+    ]
+
+
+@functools.cache
+def compiled(stem: str, element: str, arch: str, edit: tuple[str, str, str] | None = None) -> str:
+    """A file of csrc/cuda as PTX, for one element type; kept on disk for other processes of the same run."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc was not found: neither on PATH, nor under CUDA_HOME, nor in the package nvidia-cuda-nvcc")
+    files = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
+    if edit is not None:
+        file, old, new = edit
+        assert files[file].count(old) == 1, f"{file} has {old!r} {files[file].count(old)} times"
+        files[file] = files[file].replace(old, new)
+    key = hashlib.sha256(repr((sorted(files.items()), stem, element, arch)).encode()).hexdigest()[:16]
+    cache = Path(tempfile.gettempdir()) / f"rl_kernels_ptx_{os.getuid()}"
+    cache.mkdir(exist_ok=True)
+    target = cache / f"{stem}_{element}_{key}.ptx"
+    with filelock.FileLock(f"{target}.lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                for name, text in files.items():
+                    Path(folder, name).write_text(text)
+                made = Path(folder, "kernels.ptx")
+                flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-DRL_ELEMENT={ELEMENTS[element]}"]
+                flags += ["-lineinfo", f"-gencode=arch=compute_{arch},code=compute_{arch}"]
+                command: list[Any] = [nvcc, "-ptx", *flags, Path(folder, f"{stem}.cu"), "-o", made]
+                result = subprocess.run(command, capture_output=True, text=True)
+                assert result.returncode == 0, result.stderr
+                made.replace(target)
+    return target.read_text()
