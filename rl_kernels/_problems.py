@@ -167,7 +167,7 @@ def arguments(problem: Problem, op: str, dtype: torch.dtype, device: torch.devic
         return value
 
     out, within = problem.out * problem.groups, problem.within * problem.groups
-    scale = 1 / math.sqrt(problem.within * math.prod(problem.kernel))
+    scale = 1 / math.sqrt(max(1, problem.within * math.prod(problem.kernel)))
     weight_shape = (out, problem.within, *problem.kernel)
     weights = [random(weight_shape, stored) * scale for _ in range(problem.sources)]
     if problem.layout == "channels_last":

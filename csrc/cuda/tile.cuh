@@ -120,8 +120,7 @@ __device__ inline void pipeline(int steps, int stages, Load load, Multiply multi
     stage = stage + 1 == stages ? 0 : stage + 1;
     free = free + 1 == stages ? 0 : free + 1;
   }
-  ptx::cp_async_wait_group<0>();
-  __syncthreads(); // for the epilogue to use the stages' memory
+  __syncthreads(); // all that was copied was waited for; the epilogue uses the stages' memory
 }
 
 } // namespace rl_kernels

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rl_kernels import _ops
-from rl_kernels.backends import cpu, reference, selection, streamed, triton
+from rl_kernels.backends import cpu, cuda, reference, selection, streamed, triton
 from rl_kernels.backends.gate import Gate
 from rl_kernels.backends.selection import AUTO, Backend, Case, choose, register, registered, requested
 
@@ -47,6 +47,19 @@ register(
         gate=Gate("triton", needed=True, files=triton.files, compiler=triton.compiler),
         variants=triton.variants,
         accumulates=True,
+    )
+)
+register(
+    Backend(
+        "cuda",
+        "CUDA C++: the fragments of the sources are mixed in registers for mma.sync",
+        cuda.kernels(_ops.SCHEMAS),
+        cuda.refuses,
+        refuses_call=cuda.refuses_call,
+        automatic_call=cuda.automatic_call,
+        exceptions=cuda.exceptions,
+        gate=Gate("cuda", needed=True, files=cuda.files, compiler=cuda.compiler),
+        variants=cuda.variants,
     )
 )
 register(

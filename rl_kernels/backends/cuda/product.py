@@ -38,7 +38,7 @@ def multiply(
     groups: int,
     transposed: bool,
 ) -> None:
-    """``out (batch, features, *pixels) = activation (batch, channels, *sizes) W^T``, for convolutions and linear layers.
+    """``out (batch, features, *pixels) = activation (batch, channels, *sizes) W^T``, of any kind of layer.
 
     Args:
         op: whose call this is.

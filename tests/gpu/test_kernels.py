@@ -1,4 +1,4 @@
-"""The Triton kernels on the hardware they are for: odd shapes first, then what only a GPU can show."""
+"""The kernels for GPUs on the hardware they are for: odd shapes first, then what only a GPU can show."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rl_kernels import _ops, qualify
 from rl_kernels.backends import Case, registered
 from rl_kernels.testing import peak_memory
 
-TRITON = next(backend for backend in registered() if backend.name == "triton")
 MEBI = 1 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("op", _ops.SCHEMAS)
-def test_right_and_deterministic_in_every_configuration(op: str, dtype: torch.dtype) -> None:
+def test_right_and_deterministic_in_every_configuration(name: str, op: str, dtype: torch.dtype) -> None:
     """The checks of ``qualify``: odd shapes, all gradients, each configuration, the same bits twice."""
+    backend = next(backend for backend in registered() if backend.name == name)
     case, device = Case(op, "cuda", dtype), torch.device("cuda")
     with torch.no_grad():
-        assert list(qualify.failures(TRITON, qualify.tests_of(TRITON, case), case, device)) == []
+        assert list(qualify.failures(backend, qualify.tests_of(backend, case), case, device)) == []
 
 
 def linear_and_conv() -> nn.Module:
@@ -40,10 +40,10 @@ def images() -> Tensor:
     return torch.randn(8, 64, 16, 16, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
 
 
-def test_no_synchronisation() -> None:
+def test_no_synchronisation(name: str) -> None:
     """Neither forward nor backward waits for the device."""
     model, x = linear_and_conv(), images()
-    with rl.use_backend("triton"):
+    with rl.use_backend(name):
         model(x).sum().backward()  # Compiles.
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
@@ -53,11 +53,11 @@ def test_no_synchronisation() -> None:
             torch.cuda.set_sync_debug_mode(mode)
 
 
-def test_cuda_graph() -> None:
+def test_cuda_graph(name: str) -> None:
     """Captured once, replayed on other inputs and other coefficients: these are read on the device."""
     model, x = linear_and_conv(), images()
     parameters = list(model.parameters())
-    with rl.use_backend("triton"):
+    with rl.use_backend(name):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -79,19 +79,19 @@ def test_cuda_graph() -> None:
             assert torch.equal(found, right)
 
 
-def test_compiled_as_one_op() -> None:
+def test_compiled_as_one_op(name: str) -> None:
     model, x = linear_and_conv(), images()
     compiled = torch.compile(model, fullgraph=True)
-    with rl.use_backend("triton"):
+    with rl.use_backend(name):
         torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
 
 
-def test_memory() -> None:
+def test_memory(name: str) -> None:
     """Nothing weight-sized beyond outputs and gradients: weights of 128 MiB, a workspace of at most 2 x 32."""
     weights = [torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
     coefficients = torch.tensor([0.5, 0.5], device="cuda", requires_grad=True)
     x = torch.randn(64, 8192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    with rl.use_backend("triton"):
+    with rl.use_backend(name):
         with torch.no_grad():
             assert peak_memory(lambda: rl.functional.mixed_linear(x, weights, coefficients), "cuda") <= 40 * MEBI
         y = rl.functional.mixed_linear(x, weights, coefficients)
@@ -100,7 +100,7 @@ def test_memory() -> None:
         assert peak <= (2 * 128 + 80) * MEBI
 
 
-def test_beyond_32_bits() -> None:
+def test_beyond_32_bits(name: str) -> None:
     """An activation and an output of more than 2^31 elements."""
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of GPU memory")
@@ -108,23 +108,23 @@ def test_beyond_32_bits() -> None:
     x = torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
     x[-1] = torch.randn(features, device="cuda")
     weights = [torch.randn(features, features, device="cuda", dtype=torch.bfloat16) / 64 for _ in range(2)]
-    with rl.use_backend("triton"):
+    with rl.use_backend(name):
         y = rl.functional.mixed_linear(x, weights, (0.5, 0.5))
         last = rl.functional.mixed_linear(x[-1:].clone(), weights, (0.5, 0.5))
     torch.testing.assert_close(y[-1:], last, rtol=2e-2, atol=2e-2)
     assert not y[:-1].any()
 
 
-def test_another_stream() -> None:
+def test_another_stream(name: str) -> None:
     """Kernels run on the current stream."""
-    weights = [torch.randn(512, 512, device="cuda") for _ in range(2)]
-    x = torch.randn(512, 512, device="cuda")
+    weights = [torch.randn(512, 512, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
     expected = rl.functional.mixed_linear(x, weights, (0.5, 0.5))
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    with rl.use_backend("triton"), torch.cuda.stream(stream):
+    with rl.use_backend(name), torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         late = x.clone()
         y = rl.functional.mixed_linear(late, weights, (0.5, 0.5))
     stream.synchronize()
-    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=0.5)

@@ -1,0 +1,166 @@
+"""The CUDA kernels of the linear ops, executed, against products of what they multiply in float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from rl_kernels._problems import Problem, arguments
+from rl_kernels.backends.cuda import configs, linear
+from rl_kernels.backends.heuristics import Config, use_config
+from tests.emulated.backend import emulated
+from tests.emulated.exact import assert_exact
+
+OPS = ("mixed_linear", "mixed_linear_dgrad", "mixed_linear_wgrad")
+SMALL = Config(64, 64, 32, 4, 3)
+BF16, F16, TF32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def filled() -> Iterator[None]:
+    """What is allocated and not written is NaN; float32 is multiplied as TF32."""
+    matmul: Any = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    matmul.fp32_precision = before
+
+
+def run(
+    op: str, problem: Problem, dtype: torch.dtype, config: Config = SMALL, splits: int = 1, **options: Any
+) -> list[str]:
+    """Execute an op in a configuration, and hold it against the exact result; the kernels that ran."""
+    call = arguments(problem, op, dtype, torch.device("cpu"))
+    config = config._replace(depth=configs.STEP_BYTES // dtype.itemsize)
+    with use_config(config, splits), emulated(**options) as launched:
+        found = getattr(linear, op)(*call)
+    assert_exact(op, call, found)
+    return launched
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("problem", "dtype"),
+    [
+        (Problem(70, 72, 96), BF16),  # copies of 16 bytes, masked
+        (Problem(33, 45, 37), F16),  # element by element
+        (Problem(20, 68, 60, sources=3, per_channel=True), TF32),
+        (Problem(65, 24, 80, sources=1, per_channel=True, biased=False), BF16),
+        (Problem(17, 40, 72, sources=4), F16),
+        (Problem(40, 65, 33, sources=1), TF32),
+        (Problem(19, 40, 48, layout="sliced"), BF16),
+        (Problem(1, 1, 1), BF16),
+    ],
+    ids=str,
+)
+def test_odd_shapes_and_recipes(op: str, problem: Problem, dtype: torch.dtype) -> None:
+    run(op, problem, dtype)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("stages", configs.STAGES)
+@pytest.mark.parametrize("late", [False, True, None])
+def test_every_number_of_stages(op: str, stages: int, late: bool | None) -> None:
+    for seed, splits in ((0, 1), (1, 3)):
+        problem = Problem(168, 40, 48) if op.endswith("wgrad") else Problem(24, 48 if "dgrad" not in op else 168, 168)
+        run(op, problem, BF16, SMALL._replace(stages=stages), splits, seed=seed, late=late)
+
+
+@pytest.mark.parametrize(("splits", "dtype"), [(2, TF32), (5, BF16)])
+@pytest.mark.parametrize("op", OPS)
+def test_split_sums(op: str, splits: int, dtype: torch.dtype) -> None:
+    sizes = {"mixed_linear": (12, 24, 161), "mixed_linear_dgrad": (12, 161, 24), "mixed_linear_wgrad": (161, 12, 24)}
+    launched = run(op, Problem(*sizes[op], per_channel=splits == 5), dtype, splits=splits)
+    assert len(launched) == 2 and "reduce" in launched[1]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("config", [config for config in (*configs.PRODUCTS, *configs.WGRADS) if config.rows > 64])
+def test_large_tiles(op: str, config: Config) -> None:
+    if config in (configs.WGRADS if op.endswith("wgrad") else configs.PRODUCTS):
+        run(op, Problem(72, 136, 40) if op.endswith("wgrad") else Problem(260, 72, 72), BF16, config, late=True)
+        run(op, Problem(33, 70, 40), TF32, config, late=None)
+
+
+@pytest.mark.parametrize("wanted", [*itertools.product([False, True], repeat=5)])
+def test_every_combination_of_gradients(wanted: tuple[bool, ...]) -> None:
+    first, second, coefficients, *biases = wanted
+    for per_channel in (False, True):
+        call = list(arguments(Problem(12, 20, 24, per_channel=per_channel), OPS[2], BF16, torch.device("cpu")))
+        call[5:8] = [first, second], coefficients, biases
+        with use_config(SMALL), emulated() as launched:
+            found = linear.mixed_linear_wgrad(*call)
+        assert_exact(OPS[2], call, found)
+        assert len(launched) == (first or second or coefficients), "a product that nothing asked for"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("sizes", [(0, 5, 6), (5, 0, 6), (5, 6, 0)])
+def test_nothing(op: str, sizes: tuple[int, int, int]) -> None:
+    run(op, Problem(*sizes), BF16)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("op", OPS[:2])
+def test_infinite_coefficients_stay_in_their_place(op: str, per_channel: bool) -> None:
+    call = list(arguments(Problem(9, 20, 37, per_channel=per_channel, biased=False), op, BF16, torch.device("cpu")))
+    call[1] = [weight.abs() + 0.1 for weight in call[1]]
+    call[0] = call[0].abs() + 0.1
+    call[2] = call[2].abs()
+    call[2][0] = torch.inf
+    with use_config(SMALL), emulated():
+        found = getattr(linear, op)(*call)
+    assert found.isposinf().all(), "what lies past the sum's end is 0, and not 0 * inf"
+
+
+def rows_with_padding(op: str, **options: Any) -> None:
+    """Rows that begin where 16 bytes may be copied and do not end there, and NaN between them."""
+    call = list(arguments(Problem(9, 21, 37), op, BF16, torch.device("cpu")))
+
+    def padded(value: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((value.shape[0], 48), torch.nan, dtype=value.dtype)
+        wide[:, : value.shape[1]] = value
+        return wide[:, : value.shape[1]]
+
+    call[0] = padded(call[0])
+    sources = 2 if op.endswith("wgrad") else 1
+    call[sources] = [padded(source) for source in call[sources]]
+    call[1] = padded(call[1]) if sources == 2 else call[1]
+    with use_config(SMALL), emulated(**options):
+        found = getattr(linear, op)(*call)
+    assert_exact(op, call, found)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_with_padding(op: str) -> None:
+    rows_with_padding(op)
+
+
+def infinite_gradient(op: str, **options: Any) -> None:
+    """An infinity in the last token stays in its output channel."""
+    call = arguments(Problem(20, 16, 24, biased=False), op, BF16, torch.device("cpu"))
+    call[0][-1, 3] = torch.inf
+    call[1].abs_().add_(0.1)
+    with use_config(SMALL), emulated(**options):
+        dweights, _, _ = linear.mixed_linear_wgrad(*call)
+    assert all(gradient[3].isinf().all() and gradient[:3].isfinite().all() for gradient in dweights)
+
+
+def test_infinite_gradient() -> None:
+    infinite_gradient(OPS[2])
+
+
+def test_the_same_bits_in_any_order() -> None:
+    call = arguments(Problem(70, 72, 96), OPS[2], BF16, torch.device("cpu"))
+    results = []
+    for seed, late in ((0, False), (1, True), (2, None)):
+        with use_config(SMALL, 2), emulated(seed, late):
+            dweights, dcoefficients, _ = linear.mixed_linear_wgrad(*call)
+        results.append([*dweights, dcoefficients])
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))

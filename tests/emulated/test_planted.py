@@ -1,0 +1,121 @@
+"""Faults planted in the CUDA kernels: each is caught by what test_linear.py and test_conv.py do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from rl_kernels._problems import Problem
+from tests.emulated import test_conv, test_linear
+from tests.emulated.memory import Fault
+
+CONV = Problem(2, 24, 24, (3, 3), (5, 6), padding=1, layout="channels_last")
+
+
+def odd_linear(op: str, **options: Any) -> None:
+    """Five stages' worth of the sum, and tiles that are not full."""
+    test_linear.run(op, Problem(70, 40, 136), torch.bfloat16, **options)
+
+
+def padded_conv(op: str, **options: Any) -> None:
+    test_conv.run(op, CONV, torch.bfloat16, **options)
+
+
+SWAPPED = "offset(first + lane % 16, 2 * step + lane / 16)"
+
+
+@pytest.fixture(autouse=True)
+def filled() -> Iterator[None]:
+    """What is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+FAULTS: dict[str, tuple[Callable[..., object], str, str, str, str]] = {
+    "wait removed": (odd_linear, "mixed_linear", "tile.cuh", "ptx::cp_async_wait_group<1>();", ";"),
+    "wait weakened": (odd_linear, "mixed_linear", "tile.cuh", "cp_async_wait_group<1>", "cp_async_wait_group<2>"),
+    "main loop's barrier removed": (
+        odd_linear,
+        "mixed_linear",
+        "tile.cuh",
+        "__syncthreads(); // this stage has arrived",
+        "; // this stage has arrived",
+    ),
+    "stage overwritten too early": (
+        odd_linear,
+        "mixed_linear",
+        "tile.cuh",
+        "load(step + stages - 1, free)",
+        "load(step + stages - 1, stage)",
+    ),
+    "barrier before the epilogue removed": (
+        odd_linear,
+        "mixed_linear",
+        "tile.cuh",
+        "__syncthreads(); // all that was copied",
+        "; // all that was copied",
+    ),
+    "mask of a copy removed": (
+        test_linear.rows_with_padding,
+        "mixed_linear",
+        "tile.cuh",
+        "max(inside, 0) * Element<T>::BYTES",
+        "16",
+    ),
+    "swizzle bit": (odd_linear, "mixed_linear", "tile.cuh", SWAPPED, SWAPPED + " ^ 16"),
+    "swizzle bit of rows across the sum": (
+        odd_linear,
+        "mixed_linear_dgrad",
+        "tile.cuh",
+        "offset(row, first / 8 + lane / 8 % 2)",
+        "offset(row ^ 4, first / 8 + lane / 8 % 2)",
+    ),
+    "mask of the epilogue removed": (
+        odd_linear,
+        "mixed_linear",
+        "product.cuh",
+        "if (pixel >= p.pixels || inside <= 0)",
+        "if (inside <= 0)",
+    ),
+    "barrier of the dot products removed": (
+        odd_linear,
+        "mixed_linear_wgrad",
+        "wgrad.cuh",
+        "warps[j][threadIdx.x / 32] = dot;\n    }\n    __syncthreads();",
+        "warps[j][threadIdx.x / 32] = dot;\n    }",
+    ),
+    "mask of dy's tokens removed": (
+        test_linear.infinite_gradient,
+        "mixed_linear_wgrad",
+        "wgrad.cuh",
+        "pixel < p.pixels ? min(p.features - feature, E::IN_CHUNK) : 0",
+        "min(p.features - feature, E::IN_CHUNK)",
+    ),
+    "padding read": (
+        padded_conv,
+        "mixed_conv",
+        "product.cuh",
+        "exists && Place::meets(g, pixels[i], at) ? min",
+        "exists ? min",
+    ),
+    "padding read by wgrad": (
+        padded_conv,
+        "mixed_conv_wgrad",
+        "wgrad.cuh",
+        "exists && Place::meets(g, pixel, position) ? min",
+        "exists ? min",
+    ),
+}
+"""What shows it, the op, and what is replaced by what in a file of csrc/cuda."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_is_caught(fault: str) -> None:
+    problem, op, *edit = FAULTS[fault]
+    with pytest.raises((Fault, AssertionError)):
+        for seed, late in ((0, True), (1, False), (2, None)):
+            problem(op, seed=seed, late=late, edit=tuple(edit))
