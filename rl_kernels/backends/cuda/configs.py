@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from rl_kernels.backends.heuristics import Config, Device, Work, shared_bytes
@@ -26,6 +28,7 @@ WGRADS = (
 """Rows are output channels, columns are input channels of every tap, the depth is tokens or pixels."""
 
 
+@functools.lru_cache(maxsize=4096)
 def usable(configs: tuple[Config, ...], work: Work, itemsize: int, device: Device) -> tuple[Config, ...]:
     """The configurations at the depth of a type, each with as many stages as fit the device's shared memory."""
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -52,8 +53,9 @@ class GeometryParams(ctypes.Structure):
     ]
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)
     def of(cls, geometry: Geometry, channels: int) -> GeometryParams:
-        """With positions of the sum that have so many channels innermost."""
+        """With positions of the sum that have so many channels innermost. Not to be changed: it is kept."""
         return cls(
             _Three(*geometry.sizes),
             _Three(*geometry.taps),

@@ -1,0 +1,63 @@
+"""The CUDA kernels compiled for every architecture they are meant for: what the machine code holds."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.emulated.backend import ELEMENTS, SOURCES
+from tests.emulated.compilers import find_nvcc
+
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+FILES = tuple(sorted(path.stem for path in SOURCES.glob("*_sm80.cu")))
+MATRIX_INSTRUCTION = {"f16": "HMMA.16816.F32 ", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32"}
+"""Which take their operands, the mixed weight first, from registers."""
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("element", "arch"),
+    [*(("bf16", arch) for arch in ARCHITECTURES), ("f16", "90"), ("tf32", "80")],
+)
+def test_machine_code(file: str, element: str, arch: str, tmp_path: Path) -> None:
+    cubin = tmp_path / "kernels.cubin"
+    said = compile_to(cubin, file, element, arch)
+    spilled = re.findall(r"entry function '(\w+)'[^\n]*\n[^\n]*\n\s*(\d+) bytes stack frame, (\d+) bytes spill", said)
+    kernels = machine_code(cubin)
+    assert {name for name, _, _ in spilled} == kernels.keys() and kernels
+    assert [name for name, stack, spill in spilled if stack != "0" or spill != "0"] == []
+    for name, code in kernels.items():
+        if "reduce" in name:
+            continue
+        assert MATRIX_INSTRUCTION[element] in code, name
+        assert "LDL" not in code and "STL" not in code, name
+        if name.startswith("small"):
+            assert "LDG.E.128" in code, f"{name}: sources are to be read 16 bytes at a time"
+        else:
+            assert re.search(r"LDGSTS\.E\.BYPASS[.\w]*\.128", code), f"{name}: 16 bytes are to be copied at a time"
+            assert element == "tf32" or "LDSM.16." in code, name
+
+
+def compile_to(cubin: Path, file: str, element: str, arch: str) -> str:
+    """Returns what ptxas says of registers and memory."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc was not found: neither on PATH, nor under CUDA_HOME, nor in the package nvidia-cuda-nvcc")
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-DRL_ELEMENT={ELEMENTS[element]}", "-Xptxas", "-v"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command = [nvcc, "-cubin", *flags, SOURCES / f"{file}.cu", "-o", cubin]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def machine_code(cubin: Path) -> dict[str, str]:
+    """Of each kernel."""
+    triton = pytest.importorskip("triton", reason="nvdisasm comes with Triton, which has no package for this platform")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\.text\.(\w+):$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
