@@ -58,7 +58,9 @@ struct Wgrad {
   Geometry geometry;
   int32_t pixels, features, channels;
   int32_t steps, splits, stages, groups;
-  int32_t vector_dy, vector_x, vector_gradients; // vector_gradients: bit j
+  int32_t vector_dy, vector_x, vector_gradients; // vector_gradients, as the next two: bit j
+  int32_t added;                                 // whether a gradient is added to what is there
+  int32_t wide;                                  // whether it is float32 where the sources have 16 bits
 };
 
 // out = the splits' shares of a product added in their order, and the bias.

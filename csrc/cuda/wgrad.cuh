@@ -35,7 +35,10 @@ public:
       if (p_.gradients[j] != 0 && exists && inside_ > 0) {
         const float factor = reinterpret_cast<const float *>(
             p_.recipe.coefficients)[j * p_.recipe.source_stride + channel * p_.recipe.channel_stride];
-        store(j, feature, factor, g);
+        if (p_.wide >> j & 1)
+          store<float>(j, feature, factor, g);
+        else
+          store<T>(j, feature, factor, g);
       }
       if (p_.dots != 0) {
         float dot = exists && inside_ > 0 ? dot_with_source(j, feature, g) : 0.0f;
@@ -76,21 +79,34 @@ public:
   }
 
 private:
-  __device__ void store(int j, int feature, float factor, const float (&g)[E::IN_CHUNK]) const {
+  // Of type To: the sources', or float32 under sources of 16 bits.
+  template <class To> __device__ void store(int j, int feature, float factor, const float (&g)[E::IN_CHUNK]) const {
+    using R = Element<To>;
     const int64_t *strides = p_.gradient_strides[j];
-    T *row = reinterpret_cast<T *>(p_.gradients[j]) + group_ * p_.gradient_group_strides[j] + feature * strides[0];
+    To *row = reinterpret_cast<To *>(p_.gradients[j]) + group_ * p_.gradient_group_strides[j] + feature * strides[0];
+    const bool added = p_.added >> j & 1;
     if ((p_.vector_gradients >> j & 1) && inside_ == E::IN_CHUNK) {
-      uint32_t packed[4];
+      To *to = row + Place::weight_offset(p_.geometry, strides, column_);
 #pragma unroll
-      for (int r = 0; r < 4; ++r)
-        packed[r] = pack<T>({factor * g[r * E::IN_REGISTER], factor * g[(r + 1) * E::IN_REGISTER - 1]});
-      *reinterpret_cast<uint4 *>(row + Place::weight_offset(p_.geometry, strides, column_)) = {packed[0], packed[1],
-                                                                                               packed[2], packed[3]};
+      for (int e = 0; e < E::IN_CHUNK; e += R::IN_CHUNK) {
+        auto *place = reinterpret_cast<uint4 *>(to + e);
+        const uint4 there = added ? *place : uint4{};
+        uint32_t registers[4] = {there.x, there.y, there.z, there.w};
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int first = e + r * R::IN_REGISTER, last = first + R::IN_REGISTER - 1;
+          const float2 before = added ? unpack<To>(registers[r]) : float2{-0.0f, -0.0f};
+          registers[r] = pack<To>({fmaf(factor, g[first], before.x), fmaf(factor, g[last], before.y)});
+        }
+        *place = {registers[0], registers[1], registers[2], registers[3]};
+      }
     } else {
 #pragma unroll
       for (int e = 0; e < E::IN_CHUNK; ++e)
-        if (e < inside_)
-          row[Place::weight_offset(p_.geometry, strides, column_ + e)] = rounded<T>(factor * g[e]);
+        if (e < inside_) {
+          To *place = row + Place::weight_offset(p_.geometry, strides, column_ + e);
+          *place = rounded<To>(fmaf(factor, g[e], added ? widened(*place) : -0.0f)); // x + -0 is x, also where x is -0
+        }
     }
   }
 

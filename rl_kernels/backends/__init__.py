@@ -60,6 +60,7 @@ register(
         exceptions=cuda.exceptions,
         gate=Gate("cuda", needed=True, files=cuda.files, compiler=cuda.compiler),
         variants=cuda.variants,
+        accumulates=True,
     )
 )
 register(

@@ -13,7 +13,7 @@ from rl_kernels._problems import Problem, arguments
 from rl_kernels.backends.cuda import configs, linear
 from rl_kernels.backends.heuristics import Config, use_config
 from tests.emulated.backend import emulated
-from tests.emulated.exact import assert_exact
+from tests.emulated.exact import assert_exact, assert_near, results
 
 OPS = ("mixed_linear", "mixed_linear_dgrad", "mixed_linear_wgrad")
 SMALL = Config(64, 64, 32, 4, 3)
@@ -139,6 +139,21 @@ def rows_with_padding(op: str, **options: Any) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_rows_with_padding(op: str) -> None:
     rows_with_padding(op)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("out", [24, 21])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (TF32, BF16), (TF32, None)], ids=str)
+def test_added_to_what_is_there(dtypes: tuple[torch.dtype, torch.dtype | None], out: int, splits: int) -> None:
+    """In the sources' type, or in float32, or one of them as ever."""
+    call = arguments(Problem(40, 18, out), OPS[2], BF16, torch.device("cpu"))
+    into = [None if dtype is None else torch.randn(18, out).to(dtype) for dtype in dtypes]
+    before = [torch.zeros(()) if place is None else place.double() for place in into]
+    with use_config(SMALL, splits), emulated():
+        found, *_ = linear.mixed_linear_wgrad(*call, into=into)
+    for one, place, old, gradient in zip(found, into, before, results(OPS[2], call), strict=False):
+        assert place is None or one is place
+        assert_near(one, old + gradient)
 
 
 def infinite_gradient(op: str, **options: Any) -> None:

@@ -30,8 +30,8 @@ def kernels(ops: Iterable[str]) -> dict[str, Callable[..., Any]]:
     return {op: functools.partial(_run, op) for op in ops}
 
 
-def _run(op: str, *arguments: Any) -> Any:
-    return getattr(_module(op), op)(*arguments)
+def _run(op: str, *arguments: Any, **options: Any) -> Any:
+    return getattr(_module(op), op)(*arguments, **options)
 
 
 @functools.cache

@@ -99,6 +99,7 @@ def mixed_conv_wgrad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    into: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     memory_format = _ops.conv_memory_format(x, weights)
     masks = weights_mask, coefficients_mask, biases_mask

@@ -36,9 +36,10 @@ def mixed_linear_wgrad(
     weights_mask: Sequence[bool],
     coefficients_mask: bool,
     biases_mask: Sequence[bool],
+    into: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     masks = weights_mask, coefficients_mask, biases_mask
-    asked = Asked.of(lambda weight: weight.new_empty(weight.shape), weights, coefficients, biases, *masks, None)
+    asked = Asked.of(lambda weight: weight.new_empty(weight.shape), weights, coefficients, biases, *masks, into)
     dy, x = _ops.as_rows(dy), _ops.as_rows(x)
     geometry = Geometry.of(x, dy, weights[0], (), (), ())
     recipe = Recipe(weights, coefficients)

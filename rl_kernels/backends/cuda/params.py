@@ -153,6 +153,8 @@ class WgradParams(ctypes.Structure):
         ("vector_dy", ctypes.c_int32),
         ("vector_x", ctypes.c_int32),
         ("vector_gradients", ctypes.c_int32),
+        ("added", ctypes.c_int32),
+        ("wide", ctypes.c_int32),
     ]
 
 

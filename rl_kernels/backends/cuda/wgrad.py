@@ -11,6 +11,7 @@ from torch import Tensor
 from rl_kernels.backends.convolution import Geometry
 from rl_kernels.backends.cuda import configs, extension
 from rl_kernels.backends.cuda.params import (
+    COPIED_BYTES,
     GeometryParams,
     RecipeParams,
     WgradParams,
@@ -105,6 +106,7 @@ def _products(
     gradients = [g if wanted else None for g, wanted in zip(asked.weights, asked.weights_mask, strict=True)]
     whole = channels if taps > 1 else None
     spread = channels if groups > 1 or taps > 1 else None
+    apart = whole is None or whole % (COPIED_BYTES // dtype.itemsize) == 0
     params = WgradParams(
         recipe=RecipeParams.of(recipe, groups, False, channels, taps),
         gradients=addresses(gradients),
@@ -126,7 +128,10 @@ def _products(
         groups=groups,
         vector_dy=is_vector(dy, features if groups > 1 else None),
         vector_x=is_vector(x, spread),
-        vector_gradients=bits([g is not None and is_vector(g, whole) for g in gradients]),
+        # What is copied at once is as much of dW as of W, also in float32.
+        vector_gradients=bits([g is not None and is_vector(g, whole) and apart for g in gradients]),
+        added=bits(asked.added),
+        wide=bits([g is not None and g.dtype != dtype for g in gradients]),
     )
     layer, shape = "linear" if linear else "conv", f"{config.rows}x{config.columns}_{configs.NAMES[dtype]}"
     threads, operands = 32 * config.warps, (dy, x, *recipe.weights)
