@@ -10,13 +10,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-TYPED := rl_kernels $(wildcard benchmarks)
+TYPED := rl_kernels building $(wildcard benchmarks)
 
 # Two workers of one thread each: with torch's own threads on top they would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# The CUDA kernels take minutes to compile, and only test-emulated needs them. With a GPU: make USE_CUDA=1 test
+USE_CUDA ?= 0
+export USE_CUDA
+
 # What the C++ kernels for CPUs are built from; other builds of them than the environment's, in folders of their own.
-KERNELS := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+KERNELS := setup.py $(wildcard building/*.py csrc/*.cpp csrc/*.h csrc/cpu/*)
 BUILD_KERNELS := $(BIN)/python setup.py --quiet build_ext
 SANITIZERS := address,undefined
 SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_samples.py tests/ops/test_opcheck.py
@@ -24,7 +28,7 @@ SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_sa
 # torch's own samples in float32 only: the property tests have all types, and a program at a time takes its time.
 INTERPRETED := interpreter or (triton and not (samples and float16))
 
-.PHONY: help demo test test-interpreted test-slow test-scalar test-integration sanitize lint format clean
+.PHONY: help demo test test-interpreted test-emulated test-slow test-scalar test-integration sanitize lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,10 +37,14 @@ demo: $(VENV)/.demo ## train the demo's networks (DEMO_ARGS=--quick for a first 
 	$(BIN)/python -m rl_kernels demo $(DEMO_ARGS)
 
 test: $(VENV)/.test ## run the test suite (PYTEST_ARGS is passed on)
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) --ignore tests/emulated $(PYTEST_ARGS)
 
 test-interpreted: $(VENV)/.test ## run the Triton kernels in Triton's interpreter, on CPUs
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter tests/ops -k "$(INTERPRETED)" $(PYTEST_ARGS)
+
+test-emulated: $(VENV)/.emulated ## compile the CUDA kernels, and execute compiled kernels on a CPU
+	USE_CUDA=1 RL_KERNELS_CUDA_ARCH_LIST=8.0 $(BUILD_KERNELS) --inplace
+	$(PYTEST) tests/emulated $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test ## run the tests that take longer than a minute
 	$(PYTEST) -m slow $(PYTEST_ARGS)
@@ -68,16 +76,16 @@ format: $(VENV)/.dev ## format the sources and mend what ruff can mend
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output
-	rm -f rl_kernels/_C*.so rl_kernels/_build.json
+	rm -f rl_kernels/_C*.so rl_kernels/_cuda*.so rl_kernels/_build*.json
 	find rl_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp a step, so that a second call does nothing and an interrupted one goes on.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch setuptools wheel
+	$(INSTALL) torch setuptools wheel ninja pybind11
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.integration $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml $(KERNELS)
+$(VENV)/.demo $(VENV)/.test $(VENV)/.emulated $(VENV)/.integration $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@
 

@@ -1,17 +1,19 @@
-"""Builds ``rl_kernels/_C``, the C++ kernels for CPUs, against the torch that is installed. All else: pyproject.toml.
+"""Builds ``rl_kernels/_C``, the C++ kernels for CPUs, against the torch that is installed, and ``rl_kernels/_cuda``,
+the kernels for NVIDIA GPUs, where there is nvcc. All else: pyproject.toml.
 
-Without torch, without a C++ compiler, or where a compilation fails, the package installs all the same, in pure Python,
-and says what it then lacks. Environment variables:
+Without torch, without a compiler, or where a compilation fails, the package installs all the same, without what could
+not be built, and says what it then lacks. Environment variables:
 
-* ``USE_CPP``: 0 skips the build, 1 makes a build that fails an error.
+* ``USE_CPP``, ``USE_CUDA``: 0 skips the one or the other, 1 makes a build of it that fails an error.
 * ``RL_KERNELS_SCALAR``: 1 leaves out everything that needs vector instructions.
 * ``RL_KERNELS_SANITIZE``: a list for the compiler's ``-fsanitize``, as ``address,undefined``.
-* ``CXX``: the compiler. ``MAX_JOBS``: how many of it run at once, by default one a core.
+* ``CXX``: the C++ compiler. ``MAX_JOBS``: how many compilers run at once, by default one a core.
+* ``CUDACXX``: nvcc. Without it: that of ``CUDA_HOME``, ``CUDA_PATH``, the ``PATH``, the package nvidia-cuda-nvcc.
+* ``RL_KERNELS_CUDA_ARCH_LIST``: compute capabilities, as "8.0 9.0+PTX"; or ``TORCH_CUDA_ARCH_LIST``, written alike.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -19,13 +21,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # builds by pyproject.toml leave it out
+
+from building import cuda  # noqa: E402
+from building.steps import CannotBuild, Compilation, Library  # noqa: E402
+
 RECORD = "_build.json"  # beside the extension: what it was built for, read before it is loaded
 
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra", "-Wno-psabi"]
@@ -38,15 +45,12 @@ X86 = {
 OPENMP = {"darwin": ["-Xpreprocessor", "-fopenmp"]}
 WHERE_ACCEPTED = {"kernels_avx512": ["-mavx512bf16"]}
 
-LOST = """
+LOST_CPP = """
 rl_kernels: the C++ kernels for CPUs were not built: {reason}
 The package works without them, on its streamed backend: slower on a CPU, most of all where calls are small.
 To build them later, beside torch and with a C++ compiler:  pip install --no-build-isolation -e .
 """
-
-
-class CannotBuild(Exception):
-    """Why the extension cannot be built here."""
+LOST_CUDA = "rl_kernels works without the CUDA kernels, which were not built: {reason}"
 
 
 def find_compiler() -> list[str]:
@@ -61,18 +65,16 @@ def find_compiler() -> list[str]:
 
 
 class BuildKernels(build_ext):
-    """Compiles with flags of each file's own, all files at once."""
+    """Makes both extensions, of which each may fail without the other."""
 
     def run(self) -> None:
         self.built: list[str] = []
-        required = os.environ.get("USE_CPP") == "1"
-        try:
-            self._build()
-        except (CannotBuild, OSError, subprocess.SubprocessError) as error:
-            self.built = []
-            if required:
-                raise SystemExit(f"rl_kernels: the C++ kernels were not built: {error}") from error
-            print(LOST.format(reason=error), file=sys.stderr, flush=True)
+        failures = [
+            self._failure("USE_CPP", self._cpp, LOST_CPP),
+            self._failure("USE_CUDA", self._cuda, LOST_CUDA),
+        ]
+        if any(failures):
+            raise SystemExit("\n".join(filter(None, failures)))
 
     def get_outputs(self) -> list[str]:
         return self.built
@@ -82,9 +84,30 @@ class BuildKernels(build_ext):
             return {}
         return {str(Path(self.build_lib, "rl_kernels", Path(path).name)): path for path in self.built}
 
-    def _build(self) -> None:
-        if os.environ.get("USE_CPP") == "0":
-            raise CannotBuild("USE_CPP=0")
+    def _failure(self, variable: str, library: Callable[[Path, Path], Library], lost: str) -> str | None:
+        """Make what ``library`` describes; return why it could not be where ``variable`` says that it must."""
+        folder = ROOT / "rl_kernels" if self.inplace else Path(self.build_lib, "rl_kernels")
+        # setuptools' own default; of an editable install it makes a temporary folder, and objects are to stay.
+        kept = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        objects = kept if self.inplace else Path(self.build_temp).resolve()
+        try:
+            if os.environ.get(variable) == "0":
+                raise CannotBuild(f"{variable}=0")
+            made = library(folder.resolve(), objects)
+            made.build(self.force)
+        except (CannotBuild, OSError, subprocess.SubprocessError) as error:
+            message = lost.format(reason=error)
+            if os.environ.get(variable) == "1":
+                return message
+            print(message, file=sys.stderr, flush=True)
+        else:
+            self.built += [str(made.target), str(made.record_file)]
+        return None
+
+    def _cuda(self, folder: Path, objects: Path) -> Library:
+        return cuda.library(self.distribution.get_version(), folder, objects / "cuda")
+
+    def _cpp(self, folder: Path, objects: Path) -> Library:
         if sys.platform == "win32":
             raise CannotBuild("they are not built on Windows")
         try:
@@ -103,14 +126,9 @@ class BuildKernels(build_ext):
             "compiler": shlex.join(compiler),
             "options": options,
         }
-        folder = ROOT / "rl_kernels" if self.inplace else Path(self.build_lib, "rl_kernels")
-        target = folder / f"_C{record['python']}"
-        sources = [path for path in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+        sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
         if scalar:
             sources = [path for path in sources if path.stem not in X86]
-        self.built = [str(target), str(folder / RECORD)]
-        if not self.force and is_current(target, folder / RECORD, record):
-            return
 
         flags = [*COMMON, f'-DRL_KERNELS_TORCH="{torch.__version__}"', f'-DRL_KERNELS_OPTIONS="{options}"']
         flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
@@ -130,37 +148,22 @@ class BuildKernels(build_ext):
             checked = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1"]
             flags, linking = flags + checked, linking + checked
 
-        objects = Path(self.build_temp).resolve() / ("_".join(["kernels", *options.split()]))
-        objects.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        commands = [
-            [
-                *compiler,
-                *flags,
-                *flags_of(path, compiler, bool(sanitizers)),
-                "-c",
-                str(path),
-                "-o",
-                str(objects / f"{path.stem}.o"),
-            ]
+        kept = objects / "_".join(["kernels", *options.split()])
+        compilations = [
+            Compilation(path, kept / f"{path.stem}.o", (*compiler, *flags, *flags_of(path, compiler, bool(sanitizers))))
             for path in sources
         ]
-        # Until the new one is there, there is none: one of other sources may not fit the package any more.
-        (folder / RECORD).unlink(missing_ok=True)
-        target.unlink(missing_ok=True)
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(execute, commands))
-        made = [str(objects / f"{path.stem}.o") for path in sources]
-        execute([*compiler, *made, *linking, "-o", str(target)])
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def is_current(target: Path, record_file: Path, record: dict[str, str]) -> bool:
-    """Whether ``target`` was built as ``record`` says, and after every source changed last."""
-    if not target.exists() or not record_file.exists() or json.loads(record_file.read_text()) != record:
-        return False
-    files = [Path(__file__), *ROOT.glob("csrc/*.*"), *ROOT.glob("csrc/cpu/*.*")]
-    return target.stat().st_mtime > max(path.stat().st_mtime for path in files)
+        scripts = [Path(__file__), *ROOT.glob("building/*.py")]
+        return Library(
+            target=folder / f"_C{record['python']}",
+            record=record,
+            record_file=folder / RECORD,
+            watched=[*scripts, *ROOT.glob("csrc/*.*"), *ROOT.glob("csrc/cpu/*.*")],
+            folder=kept,
+            compilations=compilations,
+            linker=tuple(compiler),
+            linking=tuple(linking),
+        )
 
 
 def flags_of(path: Path, compiler: list[str], sanitized: bool) -> list[str]:
@@ -188,17 +191,7 @@ def is_gcc(compiler: list[str]) -> bool:
     return "__GNUC__" in macros and "__clang__" not in macros
 
 
-def execute(command: list[str]) -> None:
-    """Run the compiler; its words become the error's."""
-    print(shlex.join(command), flush=True)
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if result.stdout:
-        print(result.stdout, flush=True)
-    if result.returncode != 0:
-        raise CannotBuild(f"the compiler failed:\n{shlex.join(command)}\n{result.stdout}".rstrip())
-
-
 setup(
-    ext_modules=[Extension("rl_kernels._C", [], language="c++", optional=True)],
+    ext_modules=[Extension(f"rl_kernels.{name}", [], language="c++", optional=True) for name in ("_C", "_cuda")],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -7,13 +7,14 @@ except ImportError as error:
         "rl_kernels needs PyTorch, and never installs it: install the torch build for your machine"
     ) from error
 
+__version__ = "0.1.0"  # which the backends read
+
 from rl_kernels import functional, nn
 from rl_kernels._accumulation import accumulate_into_grad
 from rl_kernels.backends import backends
 from rl_kernels.backends.selection import use_backend
 from rl_kernels.conversion import Plan, load_plain_state_dict, merge, plan, replace
 
-__version__ = "0.1.0"
 __all__ = [
     "functional",
     "nn",

@@ -1,7 +1,7 @@
 """The C++ extension ``rl_kernels._C``: found, held against the torch that runs, and loaded; or why not.
 
 A library built for another torch may crash the process when it is loaded. So it comes with a record of what it was
-built for, and is loaded only where that fits.
+built for, and is loaded only where that fits. ``load`` does the same for the CUDA extension, for its backend.
 """
 
 from __future__ import annotations
@@ -12,64 +12,93 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 FOLDER_VARIABLE = "RL_KERNELS_EXTENSION"
-"""Names a folder to take the extension from: another build of it, for the sanitizers and for tests."""
+"""Names a folder to take the extensions from: other builds of them, for the sanitizers and for tests."""
 
 HOW_TO_BUILD = "pip install --no-build-isolation -e ."
 """Beside torch and with a C++ compiler, in a checkout."""
 
 RECORD = "_build.json"
+SOURCES = ("*.cpp", "*.h", "cpu/*")
+"""What it is built from, in ``csrc``."""
 
 
 class Extension(NamedTuple):
-    """What became of the extension."""
+    """What became of an extension."""
 
     module: Any
-    """``rl_kernels._C``, or None."""
+    """``rl_kernels._C``, say, or None."""
     missing: str | None
     """Why there is none."""
     broken: bool = False
     """Whether there is one that cannot be used, which an installation should not have."""
 
 
-def load(folder: Path) -> Extension:
-    """Load the extension that lies in ``folder``, unless it was built for another torch."""
-    library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        return Extension(None, f"not built ({HOW_TO_BUILD} with a C++ compiler builds it)")
+def folder() -> Path:
+    """Where extensions are looked for."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).parent)
+
+
+def library(name: str, folder: Path) -> Path:
+    """The file of the extension ``name``."""
+    return folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def load(
+    folder: Path,
+    name: str = "_C",
+    record: str = RECORD,
+    fits: tuple[str, str] = ("torch", torch.__version__),
+    needs: str = "a C++ compiler",
+) -> Extension:
+    """Load the extension that lies in ``folder``, unless it was built for something else.
+
+    Args:
+        folder: that of the library and its record.
+        name: of the module in ``rl_kernels``.
+        record: the JSON file that says what it was built for.
+        fits: which of its entries must be what.
+        needs: what a machine must have to build it.
+    """
+    path = library(name, folder)
+    if not path.exists():
+        return Extension(None, f"not built ({HOW_TO_BUILD} with {needs} builds it)")
     again = f"build it again: {HOW_TO_BUILD}"
+    key, expected = fits
     try:
-        built_for = json.loads((folder / RECORD).read_text())["torch"]
+        built_for = json.loads((folder / record).read_text())[key]
     except (OSError, ValueError, KeyError, TypeError):
-        return Extension(None, f"its record {RECORD} cannot be read; {again}", broken=True)
-    if built_for != torch.__version__:
-        return Extension(None, f"built for torch {built_for}, this is {torch.__version__}; {again}", broken=True)
-    name = "rl_kernels._C"
-    spec = importlib.util.spec_from_file_location(name, library)
+        return Extension(None, f"its record {record} cannot be read; {again}", broken=True)
+    if built_for != expected:
+        return Extension(None, f"built for {key} {built_for}, this is {expected}; {again}", broken=True)
+    qualified = f"rl_kernels.{name}"
+    spec = importlib.util.spec_from_file_location(qualified, path)
     assert spec is not None and spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
         return Extension(None, f"cannot be loaded ({error}); {again}", broken=True)
-    sys.modules[name] = module
+    sys.modules[qualified] = module
     return Extension(module, None)
 
 
-def is_older_than_its_sources(package: Path = Path(__file__).parent) -> bool:
+def is_older_than_its_sources(
+    package: Path = Path(__file__).parent, name: str = "_C", patterns: Iterable[str] = SOURCES
+) -> bool:
     """Whether the sources beside the package, in a checkout, changed after the extension was built."""
-    library = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [path for path in (package.parent / "csrc").rglob("*") if path.suffix in (".cpp", ".h")]
-    return library.exists() and any(path.stat().st_mtime > library.stat().st_mtime for path in sources)
+    built = library(name, package)
+    sources = [path for pattern in patterns for path in (package.parent / "csrc").glob(pattern)]
+    return built.exists() and any(path.stat().st_mtime > built.stat().st_mtime for path in sources)
 
 
-EXTENSION = load(Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).parent))
+EXTENSION = load(folder())
 
 
 def _declines(*arguments: Any) -> None:

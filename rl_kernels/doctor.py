@@ -16,6 +16,7 @@ from rl_kernels._extension import EXTENSION, HOW_TO_BUILD, is_older_than_its_sou
 from rl_kernels._machine import machine, versions
 from rl_kernels._tables import simple_table
 from rl_kernels.backends import Case, backends, cpu, registered
+from rl_kernels.backends.cuda import extension as cuda_extension
 from rl_kernels.backends.selection import requested, use_backend
 from rl_kernels.nn import ReplacementConv2d, ReplacementLinear
 
@@ -103,6 +104,16 @@ def describe_extension() -> str:
     )
 
 
+def describe_cuda_extension() -> str:
+    """The same of the CUDA extension."""
+    found = cuda_extension.EXTENSION
+    if found.missing is not None:
+        return f"broken: {found.missing}" if found.broken else found.missing
+    info = cuda_extension.build_info()
+    stale = f"; older than its sources: {HOW_TO_BUILD}" if cuda_extension.is_older_than_its_sources() else ""
+    return f"built for compute capability {info['architectures']} (nvcc {info['nvcc']}){stale}"
+
+
 def diagnose(console: Console) -> bool:
     """Print the whole report; return whether every step passed and no broken extension lies about."""
     about = simple_table("Installation", "what", "found")
@@ -111,6 +122,8 @@ def diagnose(console: Console) -> bool:
     for name, value in machine().items():
         about.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
     about.add_row("C++ kernels", describe_extension(), style="bold red" if EXTENSION.broken else None)
+    cuda_broken = cuda_extension.EXTENSION.broken
+    about.add_row("CUDA kernels", describe_cuda_extension(), style="bold red" if cuda_broken else None)
     about.add_row("backend asked for", requested())
     console.print(about)
 
@@ -130,14 +143,14 @@ def diagnose(console: Console) -> bool:
         trained.add_row(step.backend, step.device, step.verdict, step.detail, style=style)
     console.print(trained)
     passed = all(step.verdict != "failed" for step in steps) and any(step.verdict == "passed" for step in steps)
-    return passed and not EXTENSION.broken
+    return passed and not EXTENSION.broken and not cuda_broken
 
 
 @click.command("doctor")
 def doctor_command() -> None:
     """Check this installation: versions, devices, what serves what, and one training step on every backend.
 
-    The exit status is 1 if a step fails, or if the C++ extension is there and cannot be used.
+    The exit status is 1 if a step fails, or if the C++ or the CUDA extension is there and cannot be used.
     """
     try:
         sound = diagnose(Console())

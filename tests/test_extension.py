@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sysconfig
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import rl_kernels as rl
 from rl_kernels import doctor
 from rl_kernels._extension import RECORD, Extension, load
 from rl_kernels.backends import Case, cpu
+from rl_kernels.backends.cuda import extension as cuda
 from rl_kernels.doctor import doctor_command
 
 LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -66,3 +69,28 @@ def test_the_doctor_tells_a_missing_extension_from_a_broken_one(broken: bool, mo
     assert (
         "broken: built for torch 1.2.3" if broken else "not built: layers on a CPU run on streamed"
     ) in result.output
+
+
+def test_the_cuda_extension_is_held_against_the_package(tmp_path: Path) -> None:
+    library = tmp_path / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library.write_bytes(b"no library")
+    (tmp_path / cuda.RECORD).write_text(json.dumps({"rl_kernels": "0.0.1"}))
+    found = load(tmp_path, cuda.NAME, cuda.RECORD, ("rl_kernels", rl.__version__), "nvcc")
+    assert found.broken and (found.missing or "").startswith(f"built for rl_kernels 0.0.1, this is {rl.__version__}; ")
+
+
+def test_a_launch_without_the_cuda_extension_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Params(ctypes.Structure):
+        pass
+
+    monkeypatch.setattr(cuda, "EXTENSION", Extension(None, "planted"))
+    with pytest.raises(RuntimeError, match=r"^mixed_linear on \(8, 4\): the CUDA kernels are missing: planted$"):
+        cuda.launch("mixed_linear", "any", (1, 1, 1), 32, 0, Params(), [torch.empty(8, 4)])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_doctor_tells_of_the_cuda_extension(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "EXTENSION", Extension(None, "planted", broken))
+    result = CliRunner().invoke(doctor_command, env={"COLUMNS": "300"})
+    assert result.exit_code == int(broken), result.output
+    assert ("broken: planted" in result.output) == broken and "CUDA kernels" in result.output

@@ -51,8 +51,7 @@ def required(requirements: list[str]) -> list[Requirement]:
 
 
 def test_nothing_that_is_installed_names_torch():
-    assert PROJECT["build-system"]["requires"] == ["setuptools>=77"]
-    named = [PROJECT["project"]["dependencies"], *EXTRAS.values()]
+    named = [PROJECT["build-system"]["requires"], PROJECT["project"]["dependencies"], *EXTRAS.values()]
     assert "torch" not in {canonicalize_name(r.name) for group in named for r in required(group)}
     assert "torch" not in {Requirement(r).name for r in metadata.requires("rl_kernels") or []}
 
@@ -111,7 +110,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         "--build-temp",
         str(folder),
     ]
-    everything = {**os.environ, **environment}
+    everything = {**os.environ, "USE_CPP": "0", "USE_CUDA": "0", **environment}
     return subprocess.run(command, cwd=ROOT, env=everything, capture_output=True, text=True)
 
 
@@ -120,7 +119,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     [
         ({"USE_CPP": "0"}, "USE_CPP=0"),
         ({"CXX": "no-such-compiler", "USE_CPP": ""}, "there is no C++ compiler (no-such-compiler is not on the PATH)"),
-        ({"CXX": "false", "USE_CPP": ""}, "the compiler failed:\nfalse "),
+        ({"CXX": "false", "USE_CPP": ""}, "the compiler failed:"),
     ],
     ids=["skipped", "no compiler", "failing compiler"],
 )
@@ -131,17 +130,31 @@ def test_without_the_kernels_the_package_builds_and_says_so(
     assert found.returncode == 0, found.stderr
     assert f"the C++ kernels for CPUs were not built: {reason}" in found.stderr
     assert "To build them later" in found.stderr
-    assert not list(tmp_path.rglob("_C*"))
+    assert not list(tmp_path.rglob("_C*")) and not list(tmp_path.rglob("_build*"))
+
+
+def test_without_nvcc_the_package_builds_and_says_so_in_a_line(tmp_path: Path) -> None:
+    found = build(tmp_path, CUDACXX="no-such-nvcc", USE_CUDA="")
+    assert found.returncode == 0, found.stderr
+    (line,) = [line for line in found.stderr.splitlines() if "CUDA" in line]
+    assert "works without the CUDA kernels, which were not built: there is no nvcc (no-such-nvcc, which" in line
+
+
+def test_what_was_not_asked_for_is_not_built(tmp_path: Path) -> None:
+    found = build(tmp_path, CUDACXX="no-such-nvcc", USE_CUDA="0")
+    assert found.returncode == 0, found.stderr
+    assert "the CUDA kernels, which were not built: USE_CUDA=0\n" in found.stderr
 
 
 def test_a_build_that_must_not_fail_fails(tmp_path: Path) -> None:
-    found = build(tmp_path, CXX="no-such-compiler", USE_CPP="1")
+    found = build(tmp_path, CXX="no-such-compiler", USE_CPP="1", CUDACXX="no-such-nvcc", USE_CUDA="1")
     assert found.returncode != 0
-    assert "the C++ kernels were not built: there is no C++ compiler" in found.stderr
+    assert "the C++ kernels for CPUs were not built: there is no C++ compiler" in found.stderr
+    assert "the CUDA kernels, which were not built: there is no nvcc" in found.stderr, "the one must not hide the other"
 
 
 def test_a_source_distribution_holds_the_kernels() -> None:
-    assert "graft csrc" in (ROOT / "MANIFEST.in").read_text().splitlines()
+    assert {"graft csrc", "graft building"} <= set((ROOT / "MANIFEST.in").read_text().splitlines())
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

@@ -18,6 +18,7 @@ __device__ inline uint32_t divide(uint32_t &n, const Divisor &by) {
 
 // A linear layer: a pixel is a row of the activation, and there is one tap.
 struct Rows {
+  static constexpr bool KEPT = false; // whether where a pixel lies takes long to compute
   struct Pixel {
     int64_t offset;
   };
@@ -45,6 +46,7 @@ struct Rows {
 
 // A convolution, of up to three dimensions; positions of the sum have channels innermost, then width, height, depth.
 struct Pixels {
+  static constexpr bool KEPT = true;
   struct Pixel {
     int64_t offset; // of the input's pixel that meets the first tap, which may lie outside
     int d, h, w;    // that pixel

@@ -102,12 +102,19 @@ template <class T, class Tile, class Place, bool TRANSPOSED, class Kind> __devic
   // Copies. A thread's chunks of the activation lie in one column of the tile, and in the same rows each step.
   auto *activation = reinterpret_cast<const T *>(p.activation) + int64_t(group) * p.channels * p.activation_strides[1];
   const int chunk = thread % CHUNKS, weight_chunk = thread % WEIGHT_CHUNKS;
-  typename Place::Pixel pixels[PIXELS];
-#pragma unroll
-  for (int i = 0; i < PIXELS; ++i) {
-    int pixel = first_pixel + thread / CHUNKS + i * (Tile::THREADS / CHUNKS);
-    pixels[i] = Place::pixel(g, p.activation_strides, min(pixel, p.pixels - 1));
+  // Where pixels lie is computed once, and kept where it takes more than a product.
+  __shared__ typename Place::Pixel kept[Place::KEPT ? Tile::COLUMNS : 1];
+  if constexpr (Place::KEPT) {
+    for (int i = thread; i < Tile::COLUMNS; i += Tile::THREADS)
+      kept[i] = Place::pixel(g, p.activation_strides, min(first_pixel + i, p.pixels - 1));
+    __syncthreads();
   }
+  auto pixel_of = [&](int row) -> typename Place::Pixel {
+    if constexpr (Place::KEPT)
+      return kept[row];
+    else
+      return Place::pixel(g, p.activation_strides, first_pixel + row);
+  };
 
   auto load = [&](int step, int stage) {
     uint8_t *to = shared + stage * stage_bytes;
@@ -139,16 +146,17 @@ template <class T, class Tile, class Place, bool TRANSPOSED, class Kind> __devic
       const int row = thread / CHUNKS + i * (Tile::THREADS / CHUNKS);
       uint8_t *place = to + sources * Weight::BYTES + Activation::offset(row, chunk);
       const bool exists = first_pixel + row < p.pixels;
+      const auto pixel = pixel_of(row);
       if (p.vector_activation) {
         // Its elements have one tap: they lie inside together.
-        const int inside = exists && Place::meets(g, pixels[i], at) ? min(depth - k, E::IN_CHUNK) : 0;
-        copy_chunk<T>(place, true, inside, activation, [&](int) { return activation + pixels[i].offset + at.offset; });
+        const int inside = exists && Place::meets(g, pixel, at) ? min(depth - k, E::IN_CHUNK) : 0;
+        copy_chunk<T>(place, true, inside, activation, [&](int) { return activation + pixel.offset + at.offset; });
       } else {
 #pragma unroll 1
         for (int e = 0; e < E::IN_CHUNK; ++e) {
           const auto here = Place::position(g, p.activation_strides, k + e);
-          const bool inside = exists && k + e < depth && Place::meets(g, pixels[i], here);
-          reinterpret_cast<T *>(place)[e] = inside ? activation[pixels[i].offset + here.offset] : T(0.0f);
+          const bool inside = exists && k + e < depth && Place::meets(g, pixel, here);
+          reinterpret_cast<T *>(place)[e] = inside ? activation[pixel.offset + here.offset] : T(0.0f);
         }
       }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -21,8 +22,10 @@ from rl_kernels.backends.cuda.params import (
     vector_strides,
 )
 from rl_kernels.backends.gpu import Recipe, arithmetic
-from rl_kernels.backends.heuristics import Config, Work, cdiv, choose, device_of
+from rl_kernels.backends.heuristics import Config, Device, Work, cdiv, choose, device_of
 
+KEPT_BYTES = 24 * 256
+"""Of shared memory, beside the stages: where a convolution's pixels lie, of the largest tile."""
 REDUCE_THREADS = 256
 MOST_BLOCKS = 1 << 16
 """Of a reduction; its threads go on where there is more."""
@@ -54,7 +57,7 @@ def multiply(
     pixels, taps = out.numel() // out.shape[1], math.prod(geometry.taps)
     features, channels = out.shape[1] // groups, activation.shape[1] // groups
     dtype = activation.dtype
-    device = device_of(activation.device)
+    device = _device(activation.device, linear)
     work = Work(
         rows=features,
         columns=pixels,
@@ -106,6 +109,13 @@ def multiply(
         blocks = min(cdiv(out.numel(), REDUCE_THREADS), MOST_BLOCKS)
         reduction = ProductReductionParams(params, extension.address(target))
         extension.launch(op, f"{layer}_reduce_{name}", (blocks, 1, 1), REDUCE_THREADS, 0, reduction, operands)
+
+
+@functools.lru_cache(maxsize=64)
+def _device(device: torch.device, linear: bool) -> Device:
+    """With the shared memory that is left for the stages."""
+    found = device_of(device)
+    return found if linear else found._replace(shared_bytes=found.shared_bytes - KEPT_BYTES)
 
 
 def _stage_bytes(config: Config, sources: int) -> int:

@@ -1,0 +1,1 @@
+"""How setup.py compiles the extensions; not part of the package."""
