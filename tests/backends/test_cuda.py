@@ -122,3 +122,36 @@ def test_qualification_runs_every_configuration(op: str) -> None:
     names = [name for name, _ in forced]
     table = configs.WGRADS if op.endswith("wgrad") else configs.PRODUCTS
     assert usual == "" and len({*names}) == len(names) == len(table) * len(configs.STAGES)
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, op: str, call: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """What an op would launch: kernel, grid, threads and bytes of shared memory."""
+    found: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(extension, "launch", lambda op, *launch: found.append(launch[:4]))
+    cuda.kernels([op])[op](*call)
+    return found
+
+
+@pytest.mark.parametrize("way", ["", "_dgrad"])
+def test_the_kernel_that_is_chosen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(op: str, problem: Problem) -> str:
+        return str(launches(monkeypatch, op + way, arguments(problem, op + way, BF16, CPU))[0][0])
+
+    kind = "dgrad" if way else "forward"
+    assert first("mixed_linear", Problem(8, 64, 64)) == f"small_{kind}_pair_8_bf16"
+    assert first("mixed_linear", Problem(16, 64, 64, sources=3)) == f"small_{kind}_general_16_bf16"
+    assert first("mixed_linear", Problem(17, 64, 64)).startswith(f"linear_{kind}_pair_")
+    assert first("mixed_linear", Problem(2048, 2048, 512)) == f"linear_{kind}_pair_128x256_bf16"
+    layer = Problem(64, 32, 32, (3, 3), (56, 56), padding=1, layout="channels_last", biased=False)
+    assert first("mixed_conv", layer) == f"resident_{kind}_pair_32_bf16"
+    assert first("mixed_conv", Problem(**{**vars(layer), "batch": 1})).startswith(f"conv_{kind}_pair_")
+    assert first("mixed_conv", Problem(**{**vars(layer), "kernel": (1, 1), "padding": 0})).startswith(f"linear_{kind}")
+
+
+@pytest.mark.parametrize("op", ["mixed_linear", "mixed_linear_dgrad"])
+def test_few_tokens_fill_the_device_once(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (_, (x, y, splits), threads, shared), reduction = launches(
+        monkeypatch, op, arguments(Problem(4, 1024, 1024), op, BF16, CPU)
+    )
+    assert y == 1 and threads == 256 and shared == 0 and splits > 1 and x * splits <= 2 * H100.multiprocessors
+    assert reduction[0] == "linear_reduce_bf16"

@@ -18,13 +18,14 @@ import filelock
 import pytest
 from torch import Tensor
 
+from building.cuda import ELEMENTS, SOURCES
 from rl_kernels.backends.cuda import extension
 from tests.emulated.compilers import find_nvcc
 from tests.emulated.launch import Buffer, run
 from tests.emulated.memory import GLOBAL
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2}
+Edit = tuple[str, str, str]
+"""A file of csrc/cuda, a text in it and what to put there: a fault to be caught."""
 
 
 class Device:
@@ -55,7 +56,7 @@ class Device:
 def emulated(
     seed: int = 0,
     late: bool | None = None,
-    edit: tuple[str, str, str] | None = None,
+    edit: Edit | None = None,
     arch: str = "80",
 ) -> Iterator[list[str]]:
     """Inside, the CUDA backend takes tensors of the host, and executes its kernels; yields the names of those.
@@ -63,7 +64,7 @@ def emulated(
     Args:
         seed: of the order of blocks and warps, and of when asynchronous copies take effect.
         late: whether that is as late as possible; None for by chance.
-        edit: a file of csrc/cuda, a text in it and what to put there: a fault to be caught.
+        edit: of the kernels.
         arch: that they are compiled for.
     """
     launched: list[str] = []
@@ -88,7 +89,7 @@ def emulated(
         yield launched
 
 
-def ptx_of(name: str, arch: str, edit: tuple[str, str, str] | None = None) -> str:
+def ptx_of(name: str, arch: str, edit: Edit | None = None) -> str:
     """The PTX of the file that has a kernel."""
     stem, element = _file_of(name), name.rsplit("_", 1)[1]
     return compiled(stem, element, arch, edit)
@@ -102,7 +103,7 @@ def _file_of(name: str) -> str:
 
 
 @functools.cache
-def compiled(stem: str, element: str, arch: str, edit: tuple[str, str, str] | None = None) -> str:
+def compiled(stem: str, element: str, arch: str, edit: Edit | None = None) -> str:
     """A file of csrc/cuda as PTX, for one element type; kept on disk for other processes of the same run."""
     nvcc = find_nvcc()
     if nvcc is None:

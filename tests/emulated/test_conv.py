@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rl_kernels._problems import Problem, arguments
-from rl_kernels.backends.cuda import configs, conv
-from rl_kernels.backends.heuristics import Config, use_config
+from rl_kernels.backends.cuda import configs, conv, resident
+from rl_kernels.backends.heuristics import A100, Config, use_config
 from tests.emulated.backend import emulated
 from tests.emulated.exact import assert_exact
 
@@ -78,6 +78,18 @@ def test_large_tiles(op: str, config: Config) -> None:
     if config in (configs.WGRADS if op.endswith("wgrad") else configs.PRODUCTS):
         problem = Problem(2, 72, 16, (3, 1), (6, 12), padding=1, per_channel=True, layout="channels_last")
         run(op, problem, BF16, config, late=True)
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+def test_few_channels_as_chosen(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device so small that there are pixels enough for it."""
+    monkeypatch.setattr(resident, "device_of", lambda device: A100._replace(multiprocessors=1, shared_bytes=60 << 10))
+    problem = Problem(2, 24, 24, (3, 3), (16, 15), padding=1, layout="channels_last")
+    call = arguments(problem, op, BF16, torch.device("cpu"))
+    with emulated() as launched:
+        found = getattr(conv, op)(*call)
+    assert_exact(op, call, found)
+    assert [name.split("_")[0] for name in launched] == ["resident"]
 
 
 @pytest.mark.parametrize("op", OPS)

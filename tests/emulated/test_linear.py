@@ -100,6 +100,16 @@ def test_every_combination_of_gradients(wanted: tuple[bool, ...]) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("tokens", "kernel"), [(3, "small"), (17, "linear")])
+def test_as_chosen(op: str, tokens: int, kernel: str) -> None:
+    call = arguments(Problem(tokens, 70, 600), op, BF16, torch.device("cpu"))
+    with emulated() as launched:
+        found = getattr(linear, op)(*call)
+    assert_exact(op, call, found)
+    assert launched[0].startswith("linear_wgrad" if op.endswith("wgrad") else f"{kernel}_")
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("sizes", [(0, 5, 6), (5, 0, 6), (5, 6, 0)])
 def test_nothing(op: str, sizes: tuple[int, int, int]) -> None:
     run(op, Problem(*sizes), BF16)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulated.backend import ELEMENTS, SOURCES
+from building.cuda import ELEMENTS, SOURCES
 from tests.emulated.compilers import find_nvcc
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rl_kernels import _ops
 from rl_kernels.backends.convolution import Geometry, as_matrix, as_pixels, is_product, phases
-from rl_kernels.backends.cuda import linear, product, wgrad
+from rl_kernels.backends.cuda import linear, product, resident, wgrad
+from rl_kernels.backends.cuda.product import Product
 from rl_kernels.backends.gpu import Asked, Recipe
 
 
@@ -45,7 +46,7 @@ def mixed_conv(
         )
         return y
     geometry = Geometry.of(x, y, weights[0], [-pad for pad in padding], dilation, stride)
-    product.multiply(op, y, x, Recipe(weights, coefficients), biases, geometry, groups, transposed=False)
+    multiply(Product(op, y, x, Recipe(weights, coefficients), biases, geometry, groups, transposed=False))
     return y
 
 
@@ -82,8 +83,17 @@ def mixed_conv_dgrad(
             continue
         recipe = Recipe([weight[(slice(None), slice(None), *taps)] for weight in weights], coefficients)
         geometry = Geometry.of(dy, target, recipe.weights[0], shifts, shift_steps, ones)
-        product.multiply(op, target, dy, recipe, None, geometry, groups, transposed=True)
+        multiply(Product(op, target, dy, recipe, None, geometry, groups, transposed=True))
     return dx
+
+
+def multiply(wanted: Product) -> None:
+    """Write ``wanted.out`` by the kernel that fits it."""
+    how = resident.plan(wanted)
+    if how is None:
+        product.multiply(wanted)
+    else:
+        resident.multiply(wanted, how)
 
 
 def mixed_conv_wgrad(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rl_kernels import _ops
 from rl_kernels.backends.convolution import Geometry
-from rl_kernels.backends.cuda import product, wgrad
+from rl_kernels.backends.cuda import product, small, wgrad
+from rl_kernels.backends.cuda.product import Product
 from rl_kernels.backends.gpu import Asked, Recipe
 
 
@@ -57,4 +58,8 @@ def multiply(
 ) -> None:
     """``out (tokens, features) = activation (tokens, reduction) W^T``."""
     geometry = Geometry.of(activation, out, weights[0], (), (), ())
-    product.multiply(op, out, activation, Recipe(weights, coefficients), biases, geometry, 1, transposed)
+    wanted = Product(op, out, activation, Recipe(weights, coefficients), biases, geometry, 1, transposed)
+    if small.serves(wanted):
+        small.multiply(wanted)
+    else:
+        product.multiply(wanted)

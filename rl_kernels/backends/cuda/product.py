@@ -1,10 +1,12 @@
-"""The products of forward and dgrad: the host's side of ``csrc/cuda/product.cuh``."""
+"""The products of forward and dgrad, of any size: the host's side of ``csrc/cuda/product.cuh``."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,19 +33,10 @@ MOST_BLOCKS = 1 << 16
 """Of a reduction; its threads go on where there is more."""
 
 
-def multiply(
-    op: str,
-    out: Tensor,
-    activation: Tensor,
-    recipe: Recipe,
-    biases: Sequence[Tensor] | None,
-    geometry: Geometry,
-    groups: int,
-    transposed: bool,
-) -> None:
+class Product(NamedTuple):
     """``out (batch, features, *pixels) = activation (batch, channels, *sizes) W^T``, of any kind of layer.
 
-    Args:
+    Attributes:
         op: whose call this is.
         out: of any strides.
         activation: of any strides.
@@ -53,62 +46,124 @@ def multiply(
         groups: of features and channels.
         transposed: whether the channels are W's output channels, and the features its inputs.
     """
-    linear = out.dim() == 2
-    pixels, taps = out.numel() // out.shape[1], math.prod(geometry.taps)
-    features, channels = out.shape[1] // groups, activation.shape[1] // groups
-    dtype = activation.dtype
-    device = _device(activation.device, linear)
+
+    op: str
+    out: Tensor
+    activation: Tensor
+    recipe: Recipe
+    biases: Sequence[Tensor] | None
+    geometry: Geometry
+    groups: int
+    transposed: bool
+
+    @property
+    def linear(self) -> bool:
+        """Whether this is a linear layer's."""
+        return self.out.dim() == 2
+
+    @property
+    def pixels(self) -> int:
+        """Of all images; tokens of a linear layer."""
+        return self.out.numel() // self.out.shape[1]
+
+    @property
+    def taps(self) -> int:
+        """Of the filter."""
+        return math.prod(self.geometry.taps)
+
+    @property
+    def features(self) -> int:
+        """Of a group."""
+        return self.out.shape[1] // self.groups
+
+    @property
+    def channels(self) -> int:
+        """Of a group; the sum is over all taps of these."""
+        return self.activation.shape[1] // self.groups
+
+    @property
+    def kind(self) -> str:
+        """As in the kernels' names."""
+        pair = len(self.recipe.weights) == 2 and not self.recipe.per_channel
+        return f"{'dgrad' if self.transposed else 'forward'}_{'pair' if pair else 'general'}"
+
+    @property
+    def element(self) -> str:
+        """The same of the type."""
+        return configs.NAMES[self.activation.dtype]
+
+    def shares(self, splits: int) -> Tensor:
+        """Where each split writes its share of the sum; out, where there is one."""
+        if splits == 1:
+            return self.out
+        return self.out.new_empty((splits, self.pixels, self.out.shape[1]), dtype=torch.float32)
+
+    def params(self, target: Tensor, steps: int = 0, splits: int = 1, stages: int = 0) -> ProductParams:
+        """For a kernel that writes to ``target``, from ``shares``."""
+        channels, taps = self.channels, self.taps
+        spread = self.groups > 1 or taps > 1
+        return ProductParams(
+            recipe=RecipeParams.of(self.recipe, self.groups, self.transposed, channels, taps),
+            biases=addresses(self.biases or ()),
+            bias_strides=vector_strides(self.biases or ()),
+            activation=extension.address(self.activation),
+            out=extension.address(target),
+            activation_strides=strides5(self.activation),
+            out_strides=strides5(self.out),
+            geometry=GeometryParams.of(self.geometry, channels),
+            pixels=self.pixels,
+            features=self.features,
+            channels=channels,
+            steps=steps,
+            splits=splits,
+            stages=stages,
+            groups=self.groups,
+            vector_activation=is_vector(self.activation, channels if spread else None),
+            vector_out=is_vector(self.out, self.features) if splits == 1 else self.features % 4 == 0,
+        )
+
+    def launch(
+        self, kernel: str, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure
+    ) -> None:
+        """Queue the kernel of this product's type."""
+        operands = (self.activation, *self.recipe.weights)
+        extension.launch(self.op, f"{kernel}_{self.element}", grid, threads, shared_bytes, params, operands)
+
+    def reduce(self, params: ProductParams, shares: Tensor) -> None:
+        """``out`` from the splits' shares, which ``params`` were for."""
+        params.out = extension.address(self.out)
+        blocks = min(cdiv(self.out.numel(), REDUCE_THREADS), MOST_BLOCKS)
+        reduction = ProductReductionParams(params, extension.address(shares))
+        self.launch("linear_reduce" if self.linear else "conv_reduce", (blocks, 1, 1), REDUCE_THREADS, 0, reduction)
+
+
+def multiply(product: Product) -> None:
+    """Write ``product.out``, a tile a block."""
+    itemsize = product.activation.element_size()
+    device = _device(product.activation.device, product.linear)
     work = Work(
-        rows=features,
-        columns=pixels,
-        depth=taps * channels,
-        row_bytes=recipe.bytes,
-        column_bytes=dtype.itemsize,
+        rows=product.features,
+        columns=product.pixels,
+        depth=product.taps * product.channels,
+        row_bytes=product.recipe.bytes,
+        column_bytes=itemsize,
         scratch_bytes=0,
-        slowness=arithmetic(dtype, not linear).slowness,
-        repeats=groups,
+        slowness=arithmetic(product.activation.dtype, not product.linear).slowness,
+        repeats=product.groups,
     )
-    config, splits, steps = choose(work, configs.usable(configs.PRODUCTS, work, dtype.itemsize, device), device)
-    target = out if splits == 1 else out.new_empty((splits, pixels, out.shape[1]), dtype=torch.float32)
-    spread = groups > 1 or taps > 1
-    params = ProductParams(
-        recipe=RecipeParams.of(recipe, groups, transposed, channels, taps),
-        biases=addresses(biases or ()),
-        bias_strides=vector_strides(biases or ()),
-        activation=extension.address(activation),
-        out=extension.address(target),
-        activation_strides=strides5(activation),
-        out_strides=strides5(out),
-        geometry=GeometryParams.of(geometry, channels),
-        pixels=pixels,
-        features=features,
-        channels=channels,
-        steps=steps,
-        splits=splits,
-        stages=config.stages,
-        groups=groups,
-        vector_activation=is_vector(activation, channels if spread else None),
-        vector_out=is_vector(out, features) if splits == 1 else features % 4 == 0,
-    )
-    layer, way = "linear" if linear else "conv", "dgrad" if transposed else "forward"
-    kind = "pair" if len(recipe.weights) == 2 and not recipe.per_channel else "general"
-    name = configs.NAMES[dtype]
-    tiles = cdiv(features, config.rows) * cdiv(pixels, config.columns)
-    operands = (activation, *recipe.weights)
-    extension.launch(
-        op,
-        f"{layer}_{way}_{kind}_{config.rows}x{config.columns}_{name}",
-        (tiles, groups, splits),
+    config, splits, steps = choose(work, configs.usable(configs.PRODUCTS, work, itemsize, device), device)
+    shares = product.shares(splits)
+    params = product.params(shares, steps, splits, config.stages)
+    tiles = cdiv(work.rows, config.rows) * cdiv(work.columns, config.columns)
+    product.launch(
+        f"{'linear' if product.linear else 'conv'}_{product.kind}_{config.rows}x{config.columns}",
+        (tiles, product.groups, splits),
         32 * config.warps,
-        max(_stage_bytes(config, len(recipe.weights)) * config.stages, _staged_bytes(config)),
+        max(config.stages * _stage_bytes(config, len(product.recipe.weights)), _staged_bytes(config)),
         params,
-        operands,
     )
     if splits > 1:
-        params.out = extension.address(out)
-        blocks = min(cdiv(out.numel(), REDUCE_THREADS), MOST_BLOCKS)
-        reduction = ProductReductionParams(params, extension.address(target))
-        extension.launch(op, f"{layer}_reduce_{name}", (blocks, 1, 1), REDUCE_THREADS, 0, reduction, operands)
+        product.reduce(params, shares)
 
 
 @functools.lru_cache(maxsize=64)

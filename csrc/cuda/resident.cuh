@@ -1,0 +1,299 @@
+// out (pixels, features) = activation W^T for convolutions of few features and channels, whose whole filter fits into
+// shared memory: each block mixes it once, and goes over tiles of pixels. Forward and, with TRANSPOSED, dgrad.
+//
+// Positions of the sum are in chunks of IN_CHUNK channels of one tap: taps, and channels within them, the last of which
+// are filled up with 0. Product's steps and splits are not used.
+#pragma once
+
+#include "product.cuh"
+
+namespace rl_kernels {
+
+// The mixed filter in shared memory, for all steps of the sum, and how it gets there.
+template <class T, class Tile, bool TRANSPOSED, class Kind> class ResidentFilter {
+public:
+  using E = Element<T>;
+  using Operand = DepthInner<T, Tile::ROWS>; // of a step
+  static constexpr int CHUNKS = 4;           // of a step
+
+  __device__ ResidentFilter(const Product &p, uint8_t *filter)
+      : p_(p), filter_(filter), group_(blockIdx.y), sources_(Kind::IS_PAIR ? 2 : p.recipe.sources),
+        taps_(p.geometry.taps[0] * p.geometry.taps[1] * p.geometry.taps[2]),
+        of_tap_((p.channels + E::IN_CHUNK - 1) / E::IN_CHUNK) {
+    if constexpr (Kind::IS_PAIR) {
+      auto *coefficients = reinterpret_cast<const float *>(p.recipe.coefficients);
+      a_ = coefficients[0];
+      b_ = coefficients[p.recipe.source_stride];
+    }
+  }
+
+  __device__ int chunks() const { return taps_ * of_tap_; }
+  // At least one, so that pixels that no tap meets are written too.
+  __device__ int steps() const { return max((chunks() + CHUNKS - 1) / CHUNKS, 1); }
+  __device__ int bytes() const { return steps() * Operand::BYTES; }
+
+  // Where the sum's chunk lies in the activation. The channel of one past the end is past the end.
+  __device__ Pixels::Position position(int chunk) const {
+    if (chunk >= chunks())
+      return {p_.channels};
+    const int k = chunk / of_tap_ * p_.channels + chunk % of_tap_ * E::IN_CHUNK;
+    return Pixels::position(p_.geometry, p_.activation_strides, k);
+  }
+
+  __device__ void clear() {
+    for (int at = threadIdx.x * 16; at < bytes(); at += Tile::THREADS * 16)
+      *reinterpret_cast<uint4 *>(filter_ + at) = {0, 0, 0, 0};
+  }
+
+  // Once it is clear.
+  __device__ void mix() {
+    const int all = (1 << sources_) - 1;
+    if ((p_.recipe.vectors & all) == all && (TRANSPOSED ? p_.features : p_.channels) % E::IN_CHUNK == 0)
+      mix_all<true>();
+    else
+      mix_all<false>();
+  }
+
+private:
+  const Product &p_;
+  uint8_t *filter_;
+  int group_, sources_, taps_, of_tap_;
+  float a_, b_;
+
+  __device__ float factor(int j, int feature, int channel) const {
+    if constexpr (Kind::IS_PAIR)
+      return j == 0 ? a_ : b_;
+    const int64_t at = TRANSPOSED ? int64_t(group_) * p_.channels + channel : int64_t(group_) * p_.features + feature;
+    return reinterpret_cast<const float *>(
+        p_.recipe.coefficients)[j * p_.recipe.source_stride + at * p_.recipe.channel_stride];
+  }
+
+  // A thread mixes 16 bytes of each source at a time: of IN_CHUNK channels of a feature and tap or, transposed,
+  // features of a channel and tap, as many channels as a register has. Its neighbours' lie beside them in memory.
+  template <bool VECTORS> __device__ void mix_all() {
+    const int units = TRANSPOSED ? (p_.channels + E::IN_REGISTER - 1) / E::IN_REGISTER : of_tap_;
+    const int over = TRANSPOSED ? (p_.features + E::IN_CHUNK - 1) / E::IN_CHUNK : p_.features;
+    const int size = over * units * taps_;
+    // All threads go round equally often, the last ones with nothing to store.
+#pragma unroll(VECTORS &&Kind::IS_PAIR ? 4 : 1)
+    for (int first = 0; first < size; first += Tile::THREADS) {
+      const int own = first + int(threadIdx.x), i = min(own, size - 1);
+      const int row = i / (units * taps_), rest = i % (units * taps_);
+      const int tap = VECTORS ? rest / units : rest % taps_, unit = VECTORS ? rest % units : rest / taps_;
+      if constexpr (TRANSPOSED)
+        mix_across<VECTORS>(row * E::IN_CHUNK, tap, unit * E::IN_REGISTER, own < size);
+      else
+        mix_along<VECTORS>(row, tap, unit * E::IN_CHUNK, own < size);
+    }
+  }
+
+  // Elements along the channels or, transposed, the features, of which the first `inside` are there.
+  template <bool VECTORS>
+  __device__ void mix_chunk(float2 (&mixed)[4], int feature, int tap, int channel, int inside) const {
+    uint32_t source[Kind::IS_PAIR ? 2 : MOST_SOURCES][4];
+#pragma unroll
+    for (int j = 0; j < (Kind::IS_PAIR ? 2 : MOST_SOURCES); ++j)
+      if (Kind::IS_PAIR || j < sources_) {
+        const int64_t *strides = p_.recipe.strides[j];
+        const T *from = reinterpret_cast<const T *>(p_.recipe.weights[j]) + group_ * p_.recipe.group_strides[j] +
+                        feature * strides[0] + Pixels::weight_offset(p_.geometry, strides, tap * p_.channels + channel);
+        if constexpr (VECTORS)
+          ptx::ld_global_nc(source[j], from);
+        else
+          load_chunk<T>(source[j], from, strides[TRANSPOSED ? 0 : 1], inside, false);
+      }
+#pragma unroll
+    for (int j = 0; j < (Kind::IS_PAIR ? 2 : MOST_SOURCES); ++j)
+      if (Kind::IS_PAIR || j < sources_) {
+        const float one = factor(j, feature, channel);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float2 &sum = mixed[r];
+          sum = j == 0 ? first_source<T>(source[j][r], {one, one}) : add_source<T>(sum, source[j][r], {one, one});
+        }
+      }
+  }
+
+  __device__ uint8_t *place(int feature, int tap, int channel) const {
+    const int chunk = tap * of_tap_ + channel / E::IN_CHUNK;
+    return filter_ + chunk / CHUNKS * Operand::BYTES + Operand::offset(feature, chunk % CHUNKS) +
+           channel % E::IN_CHUNK * E::BYTES;
+  }
+
+  template <bool VECTORS> __device__ void mix_along(int feature, int tap, int channel, bool stored) const {
+    float2 mixed[4];
+    const int inside = min(p_.channels - channel, E::IN_CHUNK);
+    mix_chunk<VECTORS>(mixed, feature, tap, channel, inside);
+    uint32_t packed[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      // Past the last channel sources are 0, but an infinite coefficient makes that nan.
+      const int e = r * E::IN_REGISTER;
+      packed[r] = operand<T>(pack<T>({e < inside ? mixed[r].x : 0.0f, e + 1 < inside ? mixed[r].y : 0.0f}));
+    }
+    if (stored)
+      *reinterpret_cast<uint4 *>(place(feature, tap, channel)) = {packed[0], packed[1], packed[2], packed[3]};
+  }
+
+  template <bool VECTORS> __device__ void mix_across(int feature, int tap, int channel, bool stored) const {
+    constexpr int LAST = E::IN_REGISTER - 1;
+    float2 mixed[E::IN_REGISTER][4];
+    const int inside = min(p_.features - feature, E::IN_CHUNK); // what comes of the other rows is not stored
+#pragma unroll
+    for (int h = 0; h < E::IN_REGISTER; ++h)
+      mix_chunk<VECTORS>(mixed[h], feature, tap, min(channel + h, p_.channels - 1), inside);
+    const bool odd = channel + LAST == p_.channels; // a register's second channel is past the last
+#pragma unroll
+    for (int e = 0; e < E::IN_CHUNK; ++e) {
+      const float2 first = mixed[0][e / E::IN_REGISTER], last = mixed[LAST][e / E::IN_REGISTER];
+      const bool upper = e % E::IN_REGISTER == 1;
+      const uint32_t packed = pack<T>({upper ? first.y : first.x, LAST > 0 && odd ? 0.0f : upper ? last.y : last.x});
+      if (stored)
+        *reinterpret_cast<uint32_t *>(place(feature + e, tap, channel)) = operand<T>(packed);
+    }
+  }
+};
+
+template <class T, class Tile, bool TRANSPOSED, class Kind> __device__ void resident_product(const Product &p) {
+  using E = Element<T>;
+  using Filter = ResidentFilter<T, Tile, TRANSPOSED, Kind>;
+  using Weight = typename Filter::Operand;
+  using Activation = DepthInner<T, Tile::COLUMNS>;
+  constexpr int CHUNKS = Filter::CHUNKS;
+  constexpr int PIXELS = Tile::COLUMNS * CHUNKS / Tile::THREADS; // of the activation that a thread copies chunks of
+  constexpr int PITCH = Tile::ROWS * E::BYTES + 16; // of the results: a warp's lanes store to different banks
+  static_assert(PIXELS * Tile::THREADS == Tile::COLUMNS * CHUNKS, "threads copy equally many");
+
+  // Shared memory: the filter, the stages of the activation, a tile of results, and where the sum's chunks lie.
+  extern __shared__ __align__(128) uint8_t shared[];
+  Filter filter(p, shared);
+  const int steps = filter.steps();
+  uint8_t *const staged = shared + filter.bytes(), *const results = staged + p.stages * Activation::BYTES;
+  auto *const positions = reinterpret_cast<Pixels::Position *>(results + Tile::COLUMNS * PITCH);
+
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int group = blockIdx.y;
+  const int warp_row = warp / Tile::WARPS_OVER_COLUMNS * Tile::WARP_ROWS;
+  const int warp_column = warp % Tile::WARPS_OVER_COLUMNS * Tile::WARP_COLUMNS;
+  const Geometry &g = p.geometry;
+  const int tiles = (p.pixels + Tile::COLUMNS - 1) / Tile::COLUMNS;
+  const int own_tiles = (tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+
+  filter.clear();
+  for (int chunk = thread; chunk < steps * CHUNKS; chunk += Tile::THREADS)
+    positions[chunk] = filter.position(chunk);
+  __syncthreads(); // the pipeline has one more before the filter is read
+  filter.mix();
+
+  // Copies: of the next step of the sum, or the first of the next tile. A thread's chunks lie in one column of the
+  // tile.
+  auto *activation = reinterpret_cast<const T *>(p.activation) + int64_t(group) * p.channels * p.activation_strides[1];
+  const int chunk = thread % CHUNKS;
+  Pixels::Pixel pixels[PIXELS];
+  int load_tile = blockIdx.x, load_step = 0;
+  auto load = [&](int, int stage) {
+    if (load_step == 0) {
+#pragma unroll
+      for (int i = 0; i < PIXELS; ++i) {
+        const int pixel = load_tile * Tile::COLUMNS + thread / CHUNKS + i * (Tile::THREADS / CHUNKS);
+        pixels[i] = Pixels::pixel(g, p.activation_strides, min(pixel, p.pixels - 1)); // past the last: that one
+      }
+    }
+    const Pixels::Position at = positions[load_step * CHUNKS + chunk];
+#pragma unroll
+    for (int i = 0; i < PIXELS; ++i) {
+      const int row = thread / CHUNKS + i * (Tile::THREADS / CHUNKS);
+      const int inside = Pixels::meets(g, pixels[i], at) ? min(p.channels - at.channel, E::IN_CHUNK) : 0;
+      const T *from = activation + pixels[i].offset + at.offset;
+      copy_chunk<T>(staged + stage * Activation::BYTES + Activation::offset(row, chunk), p.vector_activation, inside,
+                    activation, [&](int e) { return from + e * p.activation_strides[1]; });
+    }
+    if (++load_step == steps) {
+      load_step = 0;
+      load_tile += gridDim.x;
+    }
+  };
+
+  // Epilogue: the bias, and a tile of results through shared memory, as rows of features, then 16 bytes a thread.
+  constexpr int OUT_CHUNKS = Tile::ROWS / E::IN_CHUNK;
+  static_assert(Tile::THREADS % OUT_CHUNKS == 0, "a thread's chunks have the same features");
+  float bias[Tile::DOWN][2] = {};
+  if (p.biases[0] != 0) {
+#pragma unroll
+    for (int down = 0; down < Tile::DOWN; ++down)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int feature = warp_row + 16 * down + lane / 4 + 8 * half;
+        if (feature < p.features)
+          bias[down][half] = mixed_bias<T>(reinterpret_cast<const T *const *>(p.biases), p.bias_strides,
+                                           reinterpret_cast<const float *>(p.recipe.coefficients),
+                                           p.recipe.source_stride, p.recipe.channel_stride,
+                                           Kind::IS_PAIR ? 2 : p.recipe.sources, int64_t(group) * p.features + feature);
+      }
+  }
+  typename Tile::Sums sums = {};
+  auto store = [&](int tile) {
+#pragma unroll
+    for (int down = 0; down < Tile::DOWN; ++down)
+#pragma unroll
+      for (int across = 0; across < Tile::ACROSS; ++across)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int row = warp_row + 16 * down + lane / 4 + r / 2 * 8;
+          const int column = warp_column + 8 * across + 2 * (lane % 4) + r % 2;
+          float &sum = sums[down][across][r];
+          *reinterpret_cast<T *>(results + column * PITCH + row * E::BYTES) = rounded<T>(sum + bias[down][r / 2]);
+          sum = 0.0f;
+        }
+    __syncthreads(); // the pipeline has one before the next tile's results
+    const int feature = thread % OUT_CHUNKS * E::IN_CHUNK;
+    const int64_t out_feature = int64_t(group) * p.features + feature;
+    for (int column = thread / OUT_CHUNKS; column < Tile::COLUMNS; column += Tile::THREADS / OUT_CHUNKS) {
+      const int pixel = tile * Tile::COLUMNS + column;
+      const int inside = pixel < p.pixels ? min(p.features - feature, E::IN_CHUNK) : 0;
+      const uint8_t *from = results + column * PITCH + feature * E::BYTES;
+      auto *to = reinterpret_cast<T *>(p.out) + Pixels::out_offset(g, p.out_strides, pixel);
+      if (p.vector_out && inside == E::IN_CHUNK) {
+        *reinterpret_cast<uint4 *>(to + out_feature) = *reinterpret_cast<const uint4 *>(from);
+      } else {
+        for (int e = 0; e < inside; ++e)
+          to[(out_feature + e) * p.out_strides[1]] = reinterpret_cast<const T *>(from)[e];
+      }
+    }
+  };
+
+  // Main loop, over the steps of all tiles.
+  int tile = blockIdx.x, tile_step = 0;
+  auto multiply = [&](int, int stage) {
+    const uint32_t weights = ptx::shared_address(shared + tile_step * Weight::BYTES);
+    const uint32_t columns_from = ptx::shared_address(staged + stage * Activation::BYTES);
+#pragma unroll
+    for (int s = 0; s < E::TILE_DEPTH / E::MMA_DEPTH; ++s) {
+      uint32_t weight[Tile::DOWN][4];
+#pragma unroll
+      for (int down = 0; down < Tile::DOWN; ++down)
+        Weight::first_operand(weight[down], weights, warp_row + 16 * down, s, lane);
+#pragma unroll
+      for (int across = 0; across < Tile::ACROSS; across += 2) {
+        uint32_t columns[4];
+        Activation::second_operands(columns, columns_from, warp_column + 8 * across, s, lane);
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          columns[r] = operand<T>(columns[r]);
+#pragma unroll
+        for (int down = 0; down < Tile::DOWN; ++down) {
+          ptx::mma<T>(sums[down][across], weight[down], columns[0], columns[1]);
+          ptx::mma<T>(sums[down][across + 1], weight[down], columns[2], columns[3]);
+        }
+      }
+    }
+    if (++tile_step == steps) {
+      store(tile);
+      tile_step = 0;
+      tile += gridDim.x;
+    }
+  };
+  pipeline(own_tiles * steps, p.stages, load, multiply);
+}
+
+} // namespace rl_kernels
