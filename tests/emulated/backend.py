@@ -5,22 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 from torch import Tensor
 
 from building.cuda import ELEMENTS, SOURCES
 from rl_kernels.backends.cuda import extension
-from tests.emulated.compilers import find_nvcc
+from tests.emulated.compilers import compiled_files
 from tests.emulated.launch import Buffer, run
 from tests.emulated.memory import GLOBAL
 
@@ -89,46 +83,16 @@ def emulated(
         yield launched
 
 
+@functools.cache
 def ptx_of(name: str, arch: str, edit: Edit | None = None) -> str:
-    """The PTX of the file that has a kernel."""
-    stem, element = _file_of(name), name.rsplit("_", 1)[1]
-    return compiled(stem, element, arch, edit)
-
-
-@functools.cache
-def _file_of(name: str) -> str:
-    return {"linear": "linear_sm80", "conv": "conv_sm80", "small": "small_sm80", "resident": "resident_sm80"}[
-        name.split("_", 1)[0]
-    ]
-
-
-@functools.cache
-def compiled(stem: str, element: str, arch: str, edit: Edit | None = None) -> str:
-    """A file of csrc/cuda as PTX, for one element type; kept on disk for other processes of the same run."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("nvcc was not found: neither on PATH, nor under CUDA_HOME, nor in the package nvidia-cuda-nvcc")
+    """The PTX of the file that has a kernel, for its element type."""
+    main, element = f"{name.split('_')[0]}_sm80.cu", name.rsplit("_", 1)[1]
     files = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
     if edit is not None:
         file, old, new = edit
         assert files[file].count(old) == 1, f"{file} has {old!r} {files[file].count(old)} times"
         files[file] = files[file].replace(old, new)
         # The smallest tiles are enough to see it, and the others take longest to compile.
-        files[f"{stem}.cu"] = re.sub(r"^(PRODUCTS|WGRADS)\(128.*$", "", files[f"{stem}.cu"], flags=re.MULTILINE)
-    key = hashlib.sha256(repr((sorted(files.items()), stem, element, arch)).encode()).hexdigest()[:16]
-    cache = Path(tempfile.gettempdir()) / f"rl_kernels_ptx_{os.getuid()}"
-    cache.mkdir(exist_ok=True)
-    target = cache / f"{stem}_{element}_{key}.ptx"
-    with filelock.FileLock(f"{target}.lock"):
-        if not target.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                for name, text in files.items():
-                    Path(folder, name).write_text(text)
-                made = Path(folder, "kernels.ptx")
-                flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-DRL_ELEMENT={ELEMENTS[element]}"]
-                flags += ["-lineinfo", f"-gencode=arch=compute_{arch},code=compute_{arch}"]
-                command: list[Any] = [nvcc, "-ptx", *flags, Path(folder, f"{stem}.cu"), "-o", made]
-                result = subprocess.run(command, capture_output=True, text=True)
-                assert result.returncode == 0, result.stderr
-                made.replace(target)
-    return target.read_text()
+        files[main] = re.sub(r"^(PRODUCTS|WGRADS)\(128.*$", "", files[main], flags=re.MULTILINE)
+    flags = "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", f"-DRL_ELEMENT={ELEMENTS[element]}"
+    return compiled_files(files, main, arch, *flags)

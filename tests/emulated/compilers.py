@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import filelock
 import pytest
 
+from building import cuda
+from building.steps import CannotBuild
 
-def find_nvcc() -> str | None:
-    """On the path, under CUDA_HOME, or installed as a package of Python's."""
-    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    spec = importlib.util.find_spec("nvidia")
-    homes += [Path(folder) / "cu13" for folder in (spec.submodule_search_locations if spec else None) or ()]
-    found = (shutil.which("nvcc", path=home / "bin") for home in homes)
-    return shutil.which("nvcc") or next(filter(None, found), None)
+
+def find_nvcc() -> str:
+    """Its command; the test is skipped where there is none."""
+    try:
+        return cuda.find_nvcc()
+    except CannotBuild as error:
+        pytest.skip(str(error))
 
 
 @functools.cache
-def compiled(source: Path, arch: str) -> str:
-    """A CUDA source's PTX for ``arch``; the test is skipped where there is no nvcc."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("nvcc was not found: neither on PATH, nor under CUDA_HOME, nor in the package nvidia-cuda-nvcc")
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "kernels.ptx"
-        flags = ["-std=c++17", f"-gencode=arch=compute_{arch},code=compute_{arch}"]
-        result = subprocess.run([nvcc, "-ptx", *flags, source, "-o", target], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return target.read_text()
+def compiled(source: Path, arch: str, *flags: str) -> str:
+    """The PTX of a CUDA source for ``arch``."""
+    return compiled_files({source.name: source.read_text()}, source.name, arch, "-std=c++17", *flags)
+
+
+def compiled_files(files: Mapping[str, str], main: str, arch: str, *flags: str) -> str:
+    """The PTX of one of several files that include one another; kept in the temporary folder, for other processes."""
+    command: list[Any] = [find_nvcc(), "-ptx", f"-gencode=arch=compute_{arch},code=compute_{arch}", *flags]
+    key = hashlib.sha256(repr((command, main, sorted(files.items()))).encode()).hexdigest()[:24]
+    cache = Path(tempfile.gettempdir()) / f"rl_kernels_ptx_{os.getuid()}"
+    cache.mkdir(exist_ok=True)
+    target = cache / f"{Path(main).stem}_{key}.ptx"
+    with filelock.FileLock(f"{target}.lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                for name, text in files.items():
+                    Path(folder, name).write_text(text)
+                made = Path(folder, "kernels.ptx")
+                result = subprocess.run([*command, Path(folder, main), "-o", made], capture_output=True, text=True)
+                assert result.returncode == 0, result.stderr
+                shutil.move(made, target)
+    return target.read_text()
+
+
+def cutlass() -> str:
+    """The folder of CUTLASS's headers, of a package of Python's; the test is skipped where there is none."""
+    spec = importlib.util.find_spec("cutlass_library")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        if (include := Path(folder) / "source" / "include").is_dir():
+            return str(include)
+    pytest.skip("CUTLASS's headers were not found: they are in the package nvidia-cutlass")

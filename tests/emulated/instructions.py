@@ -47,8 +47,20 @@ def decode(launch: Launch) -> list[Step]:
         except (KeyError, IndexError, ValueError, TypeError) as problem:
             raise decoder.error(f"unknown form ({problem!r})") from problem
         guard = places[source.guard.lstrip("!")] if source.guard else None
-        steps.append(Step(source, run, guard, source.guard.startswith("!")))
-    return steps
+        used = frozenset(places[name] for name in names_of(source) if name in places)
+        steps.append(Step(source, run, guard, source.guard.startswith("!"), used))
+    return wgmma.guarded(steps, launch, places)
+
+
+def names_of(source: ptx.Instruction) -> list[str]:
+    """The names in an instruction's guard and operands."""
+    names = [source.guard]
+    for operand in source.operands:
+        if isinstance(operand, Address):
+            names += [operand.base, *operand.coordinates]
+        else:
+            names += [operand] if isinstance(operand, str) else operand
+    return [name.lstrip("!") for name in names]
 
 
 class Decoder:
@@ -72,6 +84,12 @@ class Decoder:
         """Modifiers that are not implemented must not pass unseen."""
         for modifier in modifiers:
             if modifier in self.has:
+                raise self.error(f".{modifier} is not supported")
+
+    def allow(self, *modifiers: str) -> None:
+        """Refuse all others; those after ``::`` are named with what is before it."""
+        for modifier in self.has:
+            if modifier not in modifiers:
                 raise self.error(f".{modifier} is not supported")
 
     def read(self, operand: Operand, kind: str) -> Read:
@@ -129,6 +147,13 @@ class Decoder:
     def vector(self, operand: Operand) -> tuple[Operand, ...]:
         return operand if isinstance(operand, tuple) else (operand,)
 
+    def rows(self, operand: Operand) -> Array:
+        """Where registers of 32 bits are in a warp's bank of them."""
+        rows = np.array([self.launch.rows[self.places[str(name)]] for name in self.vector(operand)])
+        if (rows < 0).any():
+            raise self.error("registers of other than 32 bits")
+        return rows
+
     def address(self, operand: Operand, space: str) -> Read:
         """Generic addresses of an address operand in a memory; an empty one stands for generic."""
         if not isinstance(operand, Address):
@@ -178,6 +203,10 @@ def _special(name: str) -> Callable[[Warp], Any] | None:
             "%ntid": lambda w: w.cta.launch.block[i],
             "%ctaid": lambda w: w.cta.index[i],
             "%nctaid": lambda w: w.cta.launch.grid[i],
+            "%clusterid": lambda w: w.cta.index[i],
+            "%nclusterid": lambda w: w.cta.launch.grid[i],
+            "%cluster_ctaid": lambda w: 0,
+            "%cluster_nctaid": lambda w: 1,
         }.get(base)
     bits = np.uint64(1) << np.arange(32, dtype=np.uint64)
     return {
@@ -195,8 +224,19 @@ def _special(name: str) -> Callable[[Warp], Any] | None:
         "%clock64": lambda w: 0,
         "%globaltimer": lambda w: 0,
         "%smid": lambda w: 0,
+        "%cluster_ctarank": lambda w: 0,
+        "%cluster_nctarank": lambda w: 1,
         "WARP_SZ": lambda w: 32,
     }.get(name)
 
 
-from tests.emulated import arithmetic, control, matrix, transfers  # noqa: E402, F401  (they register their families)
+from tests.emulated import (  # noqa: E402  (they register their families)
+    arithmetic,  # noqa: F401
+    control,  # noqa: F401
+    hopper,  # noqa: F401
+    matrix,  # noqa: F401
+    mbarrier,  # noqa: F401
+    tma,  # noqa: F401
+    transfers,  # noqa: F401
+    wgmma,
+)

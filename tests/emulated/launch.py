@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from rl_kernels.backends.triton import offline
 from tests.emulated import ptx
 from tests.emulated.machine import Launch
 from tests.emulated.memory import GLOBAL, PARAM, RAW, REGION, Array, Storage
+from tests.emulated.tma import tensormap
 from tests.emulated.values import TYPES, literal
 
 
@@ -30,7 +32,30 @@ class Output:
         self.written: Array = np.zeros(0, bool)
 
 
-class _Buffer:
+class TensorMap(NamedTuple):
+    """A tensor map that the host makes, as an argument.
+
+    Attributes:
+        tensor: whose part it is of.
+        shape: of the part; strides: in elements; box: of a copy. The innermost dimension comes last.
+        swizzle: in bytes; 0 for none.
+        elemtype: as tensormap.replace numbers it; None for the tensor's.
+        nans: whether what is outside is NaN, and not 0.
+    """
+
+    tensor: Tensor | Output
+    shape: Sequence[int]
+    strides: Sequence[int]
+    box: Sequence[int]
+    swizzle: int
+    elemtype: int | None = None
+    nans: bool = False
+
+
+ELEMTYPES = {torch.uint8: 0, torch.int32: 3, torch.float16: 6, torch.float32: 7, torch.bfloat16: 10}
+
+
+class Buffer:
     """The bytes under tensors that share a storage, of which only their elements are inside."""
 
     def __init__(self, tensor: Tensor, number: int):
@@ -61,6 +86,7 @@ def run(
     seed: int = 0,
     late: bool | None = None,
     limit: int = 5_000_000,
+    buffers: dict[int, Buffer] | None = None,
 ) -> None:
     """Execute a kernel; what it writes is in the arguments afterwards.
 
@@ -69,32 +95,40 @@ def run(
         name: of the kernel.
         grid: of CTAs; block: of threads. Up to three numbers each.
         arguments: one a parameter: a tensor or array (its address is passed; wrapped in ``Output`` if the kernel must
-            not read what is there before it), bytes, a number, or None for a null pointer.
+            not read what is there before it), a ``TensorMap``, bytes, a number, or None for a null pointer.
         shared_bytes: of dynamic shared memory.
         seed: of the order of CTAs and warps, and of when asynchronous copies take effect.
         late: whether that is as late as possible; None for by chance.
         limit: instructions of a CTA's warps together, after which it counts as endless.
+        buffers: what addresses within the arguments point to, by their storages' addresses on the host.
     """
     module = ptx.parse(text)
     kernel = module.kernels[name]
-    buffers: dict[int, _Buffer] = {}
-    outputs: list[tuple[Output, Tensor, _Buffer]] = []
+    buffers = {} if buffers is None else buffers
+    outputs: list[tuple[Output, Tensor, Buffer]] = []
     values: list[Any] = []
-    for argument in arguments:
+    for given in arguments:
+        argument = given.tensor if isinstance(given, TensorMap) else given
         array = argument.array if isinstance(argument, Output) else argument
         if not isinstance(array, (np.ndarray, Tensor)):
             values.append(0 if array is None else array)
             continue
         tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array.detach()
         key = tensor.untyped_storage().data_ptr()
-        buffer = buffers.setdefault(key, _Buffer(tensor, GLOBAL + 1 + len(buffers)))
+        buffer = buffers.setdefault(key, Buffer(tensor, GLOBAL + 1 + len(buffers)))
         if tensor.numel():
             buffer.elements(buffer.storage.inside, tensor)[...] = 255
             if isinstance(argument, Output):
                 outputs.append((argument, tensor, buffer))
             else:
                 buffer.elements(buffer.storage.valid, tensor)[...] = 255
-        values.append(buffer.base + tensor.storage_offset() * tensor.element_size())
+        address = buffer.base + int(tensor.storage_offset()) * tensor.element_size()
+        if isinstance(given, TensorMap):
+            kind = ELEMTYPES[tensor.dtype] if given.elemtype is None else given.elemtype
+            swizzle = {0: 0, 32: 1, 64: 2, 128: 3}[given.swizzle]
+            values.append(tensormap(address, given.shape, given.strides, given.box, kind, swizzle, given.nans))
+        else:
+            values.append(address)
     regions = {GLOBAL + 1 + i: buffer.storage for i, buffer in enumerate(buffers.values())}
     symbols: dict[str, tuple[str, int]] = {}
     regions[PARAM] = _parameters(kernel, values, symbols)
@@ -189,7 +223,8 @@ def catching(arch: str, then: Callable[[Launched], None] | None = None) -> Itera
             given = [named[name] for name in self.arg_names if name in named]
             size = grid(named) if callable(grid) else grid
             signature = compiled.src.signature
-            passed = _passed(given, [signature[name] for name in self.arg_names if name in named])
+            kinds = [signature[name] for name in self.arg_names if name in named]
+            passed = _passed(given, kinds, iter(compiled.metadata.tensordesc_meta or ()))
             caught.append(Launched(self.fn.__name__, compiled, tuple(size), passed))
             if then is not None:
                 then(caught[-1])
@@ -202,12 +237,21 @@ def catching(arch: str, then: Callable[[Launched], None] | None = None) -> Itera
             JITFunction.run = compile_only
 
 
-def _passed(values: Sequence[Any], signature: Sequence[Any]) -> list[Any]:
-    """The arguments that compiled code takes, of which tuples are flattened and constants are left out."""
+def _passed(values: Sequence[Any], signature: Sequence[Any], maps: Iterator[dict[str, Any]]) -> list[Any]:
+    """The arguments that compiled code takes, of which tuples are flattened and constants are left out.
+
+    A descriptor is passed as a tensor map, which the compiler says how to make, and sizes and strides.
+    """
     passed: list[Any] = []
     for value, kind in zip(values, signature, strict=True):
         if isinstance(kind, (tuple, list)):
-            passed += _passed(value, kind)
+            passed += _passed(value, kind, maps)
+        elif str(kind).startswith("tensordesc"):
+            how, nans = next(maps), value.padding == "nan"
+            swizzle = {0: 0, 1: 32, 2: 64, 3: 128}[how["swizzle"]]
+            box, shape, strides = how["block_size"], list(value.shape), list(value.strides)
+            passed.append(TensorMap(value.base, shape, strides, box, swizzle, how["elem_type"], nans))
+            passed += [*shape, *strides]
         elif kind != "constexpr":
             passed.append(value)
     return passed
@@ -217,8 +261,20 @@ def run_triton(launched: Launched, seed: int = 0, late: bool | None = None, text
     """Execute a launch that was caught; text: of another PTX for it."""
     compiled = launched.compiled
     text = compiled.asm["ptx"] if text is None else text
-    name = compiled.metadata.name
-    scratch = len(ptx.parse(text).kernels[name].parameters) - len(launched.arguments)
-    arguments = [*launched.arguments, *[None] * scratch]
-    threads = 32 * compiled.metadata.num_warps
-    run(text, name, launched.grid, (threads,), arguments, compiled.metadata.shared, seed, late)
+    data = compiled.metadata
+    more = len(ptx.parse(text).kernels[data.name].parameters) - len(launched.arguments)
+    scratch = _scratch(data.global_scratch_size * int(np.prod(launched.grid)), data.global_scratch_align)
+    arguments = [*launched.arguments, *[scratch, None][:more]]
+    # A kernel that specialises its warps has more than it is said to.
+    threads = re.search(r"\.reqntid (\d+)", text)
+    block = int(threads[1]) if threads else 32 * data.num_warps
+    run(text, data.name, launched.grid, (block,), arguments, data.shared, seed, late)
+
+
+def _scratch(size: int, align: int) -> Output | None:
+    """Memory for a kernel's own use."""
+    if not size:
+        return None
+    memory = torch.zeros(size + align, dtype=torch.uint8)
+    first = -memory.data_ptr() % align
+    return Output(memory[first : first + size])

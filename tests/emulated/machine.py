@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,8 @@ GONE = 1 << 30
 """The program counter of a lane that has exited, or never was."""
 BURST = 24
 """Instructions that a warp runs on average before another may."""
+LANDS = 1 / 8
+"""How often something that is under way ends, between two bursts, where that is by chance."""
 JUNK = 0x7FFF7FFF7FFF7FFF
 """What registers hold at first: a NaN in every floating-point type."""
 
@@ -33,18 +36,49 @@ class Copy:
     late: bool
 
 
+@dataclass
+class Flight:
+    """An asynchronous operation that ends by itself: how, and which warp's instruction and lane began it."""
+
+    land: Callable[[], None]
+    warp: Warp
+    step: Step
+    lane: int
+
+
 class Warp:
-    """32 lanes: registers, by the place of their names in the kernel, and program counters."""
+    """32 lanes: registers, by the place of their names in the kernel, and program counters.
+
+    Attributes:
+        bank: the registers of 32 bits, a row each, in order.
+        waiting: until something wakes it.
+        polling: whether all that it has done since something happened is to ask whether it has.
+        in_flight: registers that a wgmma which was not waited for may read or write.
+        products: those wgmma, in order, and copies between their registers.
+        unfenced: registers that were written since the last wgmma.fence; None before the first.
+        bulk: its copies from shared memory that were not waited for.
+    """
 
     def __init__(self, cta: CTA, number: int, registers: list[str]):
         self.cta, self.number = cta, number
         self.lane = np.arange(32, dtype=np.uint32)
         self.thread = self.lane + np.uint32(32 * number)
-        self.registers = [np.full(32, JUNK, np.uint64).astype(TYPES[kind].raw) for kind in registers]
+        raw = [TYPES[kind].raw for kind in registers]
+        banks = {one: np.full((raw.count(one), 32), JUNK, np.uint64).astype(one) for one in {*raw, np.dtype("u4")}}
+        rows = {one: iter(bank) for one, bank in banks.items()}
+        self.registers = [next(rows[one]) for one in raw]
+        self.bank = banks[np.dtype("u4")]
         self.pcs = np.where(self.thread < cta.threads, 0, GONE)
-        self.waiting = False
+        self.waiting = self.polling = False
         self.copies: list[Copy] = []
         self.groups = np.zeros(32, np.int64)
+        self.in_flight: set[int] = set()
+        self.products: list[Any] = []
+        self.product_groups = 0
+        self.unfenced: set[int] | None = None
+        self.bulk: list[Any] = []
+        self.bulk_groups = np.zeros(32, np.int64)
+        self.cluster_phase = 0
         self.regroup()
 
     def regroup(self) -> None:
@@ -65,6 +99,12 @@ class Warp:
         if (left & ~mask).any():
             raise Fault("lanes of the warp are elsewhere at an instruction for all", int((left & ~mask).argmax()))
 
+    def block(self) -> None:
+        """Wait, and execute the same instruction again."""
+        self.waiting = True
+        self.pc -= 1
+        self.cta.blocked.append(self)
+
     def jump(self, mask: Array, target: int) -> None:
         """Branch, of the running lanes, those of the mask."""
         if mask.all() or not (self.mask & ~mask).any():
@@ -80,17 +120,21 @@ class Warp:
     def step(self, code: list[Step]) -> None:
         """Execute an instruction."""
         pc = self.pc
-        step = code[pc]
+        self.step_now = step = code[pc]
         mask = self.mask
         if step.guard is not None:
             mask = mask & (self.registers[step.guard].astype(bool) ^ step.negated)
         self.pc = pc + 1
         if step.guard is None or mask.any():
             try:
+                if self.in_flight and not step.minds and not self.in_flight.isdisjoint(step.places):
+                    raise Fault("access to a register of a wgmma that was not waited for", int(mask.argmax()))
                 step.run(self, mask)
+                if step.marks and self.unfenced is not None:
+                    self.unfenced |= step.marks
             except Fault as fault:
-                fault.line, fault.text = step.source.line, step.source.text
-                fault.cta, fault.warp = self.cta.index, self.number
+                if fault.line is None:
+                    fault.at(step.source, self)
                 raise
         if self.pc == pc + 1 >= self.next:
             self.pcs[self.mask] = self.pc
@@ -99,12 +143,23 @@ class Warp:
 
 @dataclass(frozen=True)
 class Step:
-    """A decoded instruction: what runs it on a warp's lanes, where its guard is true."""
+    """A decoded instruction: what runs it on a warp's lanes, where its guard is true.
+
+    Attributes:
+        places: of its registers.
+        minds: whether it sees to registers in flight itself.
+        marks: the registers that it writes for a wgmma, which needs a fence then.
+        sums: a wgmma's accumulators.
+    """
 
     source: ptx.Instruction
     run: Callable[[Warp, Array], None]
     guard: int | None
     negated: bool
+    places: frozenset[int] = frozenset()
+    minds: bool = False
+    marks: frozenset[int] = frozenset()
+    sums: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -131,6 +186,12 @@ class CTA:
         local = Storage(launch.local_bytes * self.threads, "local memory")
         self.memory = Memory({**launch.regions, SHARED: shared, LOCAL: local})
         self.barriers: dict[int, Barrier] = {}
+        self.mbarriers: dict[int, Any] = {}
+        self.agents: dict[int, int] = {}
+        self.acquired: set[int] = set()
+        self.flights: list[Flight] = []
+        self.blocked: list[Warp] = []
+        self.cluster = Barrier(0, self.clocks.nothing())
         self.warps = [Warp(self, number, launch.registers) for number in range(count)]
 
     def arrive(self, warp: Warp, number: int, count: int, waits: bool) -> None:
@@ -155,38 +216,93 @@ class CTA:
                 warp.waiting = False
             del self.barriers[number]
 
+    def release_cluster(self) -> None:
+        """Count a phase of the cluster's barrier if all warps have come that are left."""
+        if 0 < sum(not warp.exited for warp in self.warps) <= self.cluster.come:
+            self.cluster.count, self.cluster.come = self.cluster.count + 1, 0
+            self.wake()
+
     def leave(self, warp: Warp) -> None:
         """A warp has exited."""
         for number in list(self.barriers):
             self.release(number)
+        self.release_cluster()
+        self.wake()
+        for operation in warp.products:
+            raise operation.fault("a wgmma that was not waited for at the warp's end")
+        for copy in warp.bulk:
+            if not copy.read:
+                raise copy.fault("a bulk copy that may still read shared memory at the warp's end")
+
+    def slow(self) -> bool:
+        """Whether an asynchronous operation takes effect late."""
+        return bool(self.rng.integers(2)) if self.launch.late is None else self.launch.late
+
+    def begin(self, flight: Flight) -> None:
+        """Start what ends by itself: at once, or at some time."""
+        if self.slow():
+            self.flights.append(flight)
+        else:
+            flight.land()
+
+    def land(self) -> None:
+        """Let something that is under way end."""
+        flight = self.flights.pop(int(self.rng.integers(len(self.flights))))
+        try:
+            flight.land()
+        except Fault as fault:
+            fault.lane = flight.lane
+            raise fault.at(flight.step.source, flight.warp) from None
+
+    def wake(self) -> None:
+        """Something has happened that warps may wait for."""
+        for warp in self.blocked:
+            warp.waiting = False
+        self.blocked.clear()
+        for warp in self.warps:
+            warp.polling = False
+
+    def end(self) -> None:
+        """All warps have exited."""
+        for flight in self.flights:
+            fault = Fault("an asynchronous copy to shared memory is under way at the kernel's end", flight.lane)
+            raise fault.at(flight.step.source, flight.warp)
+        for mbarrier in self.mbarriers.values():
+            mbarrier.end()
+        for warp in self.warps:
+            for copy in warp.bulk:
+                copy.write()
 
 
-def interleave(warps: list[Warp], code: list[Step], rng: np.random.Generator, limit: int) -> None:
+def interleave(cta: CTA, code: list[Step], limit: int) -> None:
     """Run warps to their ends, each time some instructions of one by chance."""
-    left = [warp for warp in warps if not warp.exited]
+    rng = cta.rng
+    left = [warp for warp in cta.warps if not warp.exited]
     steps = 0
     while left:
         ready = [warp for warp in left if not warp.waiting]
+        if cta.flights and (all(warp.polling for warp in ready) or (cta.launch.late is None and rng.random() < LANDS)):
+            cta.land()
+            continue
         if not ready:
-            raise _stuck(left[0], code, "deadlock: all warps wait")
+            pending = [mbarrier.pends() for mbarrier in cta.mbarriers.values() if mbarrier.pends()]
+            raise _stuck(left[0], "; ".join(["deadlock: all warps wait", *pending]))
         warp = ready[int(rng.integers(len(ready)))]
         for _ in range(int(rng.geometric(1 / BURST))):
             warp.step(code)
             steps += 1
-            if warp.waiting or warp.exited:
+            if warp.waiting or warp.polling or warp.exited:
                 break
         if warp.exited:
             left.remove(warp)
             warp.cta.leave(warp)
         if steps > limit:
-            raise _stuck(warp, code, f"no end after {limit} instructions")
+            raise _stuck(warp, f"no end after {limit} instructions")
+    cta.end()
 
 
-def _stuck(warp: Warp, code: list[Step], kind: str) -> Fault:
-    source = code[max(warp.pc - 1, 0)].source
-    fault = Fault(kind, int(warp.mask.argmax()))
-    fault.line, fault.text, fault.cta, fault.warp = source.line, source.text, warp.cta.index, warp.number
-    return fault
+def _stuck(warp: Warp, kind: str) -> Fault:
+    return Fault(kind, int(warp.mask.argmax())).at(warp.step_now.source, warp)
 
 
 @dataclass
@@ -195,8 +311,9 @@ class Launch:
 
     Attributes:
         regions: parameters and global memory.
-        registers: their types.
+        registers: their types; rows: of those of 32 bits, places in the warps' banks.
         symbols: of variables, (memory, address in it).
+        tensormaps: addresses of those that the kernel has changed.
         late: whether asynchronous copies take effect as late as possible; None: by chance.
         limit: instructions of a CTA's warps together, after which it counts as endless.
     """
@@ -212,16 +329,20 @@ class Launch:
     late: bool | None
     limit: int
     registers: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    tensormaps: set[int] = field(default_factory=set)
 
     def run(self, seed: int) -> None:
         """Execute, in an order that the seed determines."""
         from tests.emulated.instructions import decode
 
         self.registers = list(self.kernel.registers.values())
+        wide = [TYPES[kind].raw == np.dtype("u4") for kind in self.registers]
+        self.rows = np.where(wide, np.cumsum(wide) - 1, -1).tolist()
         code = decode(self)
         rng = np.random.default_rng(seed)
         with np.errstate(all="ignore"):
             for place in rng.permutation(int(np.prod(self.grid))):
                 x, rest = int(place) % self.grid[0], int(place) // self.grid[0]
                 cta = CTA(self, (x, rest % self.grid[1], rest // self.grid[1]), rng)
-                interleave(cta.warps, code, rng, self.limit)
+                interleave(cta, code, self.limit)

@@ -74,7 +74,8 @@ class Fragment:
         return write
 
 
-def _whole(mask: Array) -> None:
+def whole(mask: Array) -> None:
+    """That all lanes take part."""
     if not mask.all():
         raise Fault("a matrix instruction without all lanes of the warp", int((~mask).argmax()))
 
@@ -96,7 +97,7 @@ def _mma(d: Decoder) -> Run:
     reads, write = [a.reader(), b.reader(), c.reader()], Fragment(d, d.operands[0], "c", result).writer()
 
     def run(warp: Warp, mask: Array) -> None:
-        _whole(mask)
+        whole(mask)
         left, right, total = (read(warp) for read in reads)
         write(warp, mask, left @ right + total)
 
@@ -117,7 +118,7 @@ def _matrices(d: Decoder) -> Run:
     lanes = np.arange(8 * count)
 
     def load(warp: Warp, mask: Array) -> None:
-        _whole(mask)
+        whole(mask)
         rows = warp.cta.memory.load(address(warp)[lanes], lanes, 4, 4, warp.number)
         for i, write in enumerate(writes):
             matrix = np.ascontiguousarray(rows[8 * i : 8 * i + 8])
@@ -126,7 +127,7 @@ def _matrices(d: Decoder) -> Run:
             write(warp, mask, matrix.reshape(32))
 
     def store(warp: Warp, mask: Array) -> None:
-        _whole(mask)
+        whole(mask)
         rows = []
         for read in reads:
             matrix = np.ascontiguousarray(read(warp)).reshape(8, 4)
@@ -150,7 +151,7 @@ def _wmma(d: Decoder) -> Run:
     write = _Opaque(d, d.operands[0], "c", result).writer()
 
     def run(warp: Warp, mask: Array) -> None:
-        _whole(mask)
+        whole(mask)
         a, b, c = (read(warp) for read in reads)
         write(warp, mask, a @ b + c)
 
@@ -178,7 +179,7 @@ def _transfer(d: Decoder) -> Run:
         write = held.writer()
 
         def load(warp: Warp, mask: Array) -> None:
-            _whole(mask)
+            whole(mask)
             raw = [warp.cta.memory.load(part, LANE, size, 1, warp.number) for part in places(warp)]
             write(warp, mask, type.decode(np.concatenate(raw)).reshape(16, 16))
 
@@ -186,7 +187,7 @@ def _transfer(d: Decoder) -> Run:
     read = held.reader()
 
     def store(warp: Warp, mask: Array) -> None:
-        _whole(mask)
+        whole(mask)
         raw = type.encode(read(warp)).reshape(8, 32, 1)
         for part, values in zip(places(warp), raw, strict=True):
             warp.cta.memory.store(part, LANE, values, warp.number)

@@ -20,7 +20,11 @@ SHARED, LOCAL, PARAM, GLOBAL = 1, 2, 3, 4
 WINDOW = {"shared": SHARED << REGION, "local": LOCAL << REGION, "param": PARAM << REGION}
 """What makes an address of a memory a generic one; those of global and constant memory are generic ones already."""
 PENDING = 1 << 30
-"""When a byte that an asynchronous copy is still writing was written: later than any clock."""
+"""When a byte that an asynchronous operation is still writing, or reading, was touched: later than any clock."""
+OBJECT = PENDING + 1
+"""When a byte of an mbarrier was written: it is nobody's to touch but by its own instructions."""
+AGENTS = 128
+"""How many mbarriers a CTA may have, each of which has a clock of what its copies have written."""
 RAW: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 """Unsigned types by their bytes."""
 
@@ -35,6 +39,11 @@ class Fault(Exception):
         self.cta: tuple[int, ...] | None = None
         self.warp: int | None = None
 
+    def at(self, source: Any, warp: Any) -> Fault:
+        """Note the instruction, and the warp that executes it."""
+        self.line, self.text, self.cta, self.warp = source.line, source.text, warp.cta.index, warp.number
+        return self
+
     def __str__(self) -> str:
         address = None if self.address is None else hex(self.address)
         return (
@@ -44,20 +53,43 @@ class Fault(Exception):
 
 
 class Clocks:
-    """Vector clocks of the warps of a CTA: what of the others' work each has seen, by the barriers they met at."""
+    """Vector clocks of the warps of a CTA: what of the others' work each has seen, by the barriers they met at.
+
+    Attributes:
+        seen: of each warp, the clocks of warps and, after them, of mbarriers, up to which it sees what they wrote.
+        fenced: the same with a proxy fence since, so that asynchronous operations see it too.
+    """
 
     def __init__(self, warps: int):
-        self.seen = np.eye(warps, dtype=np.int32)
+        self.warps = warps
+        self.seen = np.eye(warps, warps + AGENTS, dtype=np.int32)
+        self.fenced = np.zeros_like(self.seen)
+        self.events = np.zeros(AGENTS, np.int32)
+
+    def nothing(self) -> Array:
+        """What is left where nobody has been."""
+        return np.zeros((2, self.seen.shape[1]), np.int32)
 
     def leave(self, warp: int) -> Array:
         """What the warp has seen and done, for others to see; what it does from now on is later."""
-        seen = self.seen[warp].copy()
+        left = np.stack([self.seen[warp], self.fenced[warp]])
         self.seen[warp, warp] += 1
-        return seen
+        return left
 
-    def join(self, warp: int, seen: Array) -> None:
+    def join(self, warp: int, left: Array) -> None:
         """The warp now sees what others left."""
-        np.maximum(self.seen[warp], seen, out=self.seen[warp])
+        np.maximum(self.seen[warp], left[0], out=self.seen[warp])
+        np.maximum(self.fenced[warp], left[1], out=self.fenced[warp])
+
+    def fence(self, warp: int) -> None:
+        """A proxy fence: anywhere on the way from a write to an asynchronous operation, it orders them."""
+        self.fenced[warp] = self.seen[warp]
+        self.seen[warp, warp] += 1
+
+    def event(self, agent: int) -> int:
+        """Something that an mbarrier counts has happened: when, by its clock."""
+        self.events[agent - self.warps] += 1
+        return int(self.events[agent - self.warps])
 
 
 class Storage:
@@ -78,7 +110,8 @@ class Storage:
         if clocks is not None:
             self.writer = np.zeros(size, np.int16)
             self.written = np.zeros(size, np.int32)
-            self.read = np.zeros((len(clocks.seen), size), np.int32)
+            self.generic = np.zeros(size, bool)
+            self.read = np.zeros((clocks.warps, size), np.int32)
 
     def place(self, offsets: Array, size: int, lanes: Array, base: int) -> Array:
         """Indices of the offsets in units of size bytes; they are aligned."""
@@ -102,18 +135,35 @@ class Storage:
     ) -> None:
         """That no other warp has touched the bytes since a barrier, unless to write the same: compilers do that."""
         self.check_written(index, size, lanes, base, warp, "write of bytes that another warp", plain, same)
-        if self.clocks is None or not plain:
+        if self.clocks is None:
             return
-        reads = self.read.reshape(len(self.read), -1, size)[:, index]
-        early = (reads > self.clocks.seen[warp][:, None, None]).any((0, 2))
-        _report(early, "race: write of bytes that another warp reads", lanes, index * size, base)
+        if plain:
+            reads = self.read.reshape(len(self.read), -1, size)[:, index]
+            held = np.asarray((reads == PENDING).any((0, 2)))
+            _report(held, "write of bytes that an asynchronous operation still reads", lanes, index * size, base)
+            early = np.asarray((reads > self.clocks.seen[warp, : self.clocks.warps, None, None]).any((0, 2)))
+            _report(early, "race: write of bytes that another warp reads", lanes, index * size, base)
         self.stamp(index, size, warp, int(self.clocks.seen[warp, warp]))
 
-    def stamp(self, index: Array, size: int, warp: int, clock: int) -> None:
-        """Note that the warp writes the bytes at this clock."""
+    def stamp(self, index: Array, size: int, writer: int, clock: int, generic: bool = True) -> None:
+        """Note that a warp, or an mbarrier's copy, writes the bytes at this clock; generic: in the generic proxy."""
         if self.clocks is not None:
-            self.writer.reshape(-1, size)[index] = warp
+            self.writer.reshape(-1, size)[index] = writer
             self.written.reshape(-1, size)[index] = clock
+            self.generic.reshape(-1, size)[index] = generic
+
+    def check_proxy(self, index: Array, size: int, lanes: Array, base: int, warp: int, kind: str) -> None:
+        """That there is a proxy fence between ordinary writes and an asynchronous operation."""
+        if self.clocks is None:
+            return
+        written, writer = self.written.reshape(-1, size)[index], self.writer.reshape(-1, size)[index]
+        early = (self.generic.reshape(-1, size)[index] & (written > self.clocks.fenced[warp][writer])).any(1)
+        _report(early, f"{kind} of bytes that were written without fence.proxy.async since", lanes, index * size, base)
+
+    def hold(self, index: Array, size: int, warp: int, clock: int = PENDING) -> None:
+        """An asynchronous operation of the warp reads the bytes until it is waited for, at this clock."""
+        if self.clocks is not None:
+            self.read[warp].reshape(-1, size)[index] = clock
 
     def check_written(
         self,
@@ -129,11 +179,17 @@ class Storage:
         if self.clocks is None:
             return
         written = self.written.reshape(-1, size)[index]
-        pending = (written == PENDING).any(1)
-        _report(pending, f"{kind.split(' that')[0]} that an asynchronous copy still writes", lanes, index * size, base)
+        first = kind.split(" that")[0]
+        if (written >= PENDING).any():
+            pending = (written == PENDING).any(1)
+            _report(pending, f"{first} that an asynchronous copy still writes", lanes, index * size, base)
+            _report((written == OBJECT).any(1), f"{first} of an mbarrier", lanes, index * size, base)
         if plain:
-            early = (written > self.clocks.seen[warp][self.writer.reshape(-1, size)[index]]).any(1)
-            _report(early & ~np.asarray(same), f"race: {kind} writes", lanes, index * size, base)
+            writer = self.writer.reshape(-1, size)[index]
+            early = (written > self.clocks.seen[warp][writer]).any(1) & ~np.asarray(same)
+            if early.any() and (writer[early.argmax()] >= self.clocks.warps).any():
+                kind = f"{first} that an asynchronous copy, which was not waited for,"
+            _report(early, f"race: {kind} writes", lanes, index * size, base)
 
 
 class Memory:
@@ -169,21 +225,45 @@ class Memory:
         for storage, base, where, offsets in self._regions(addresses, lanes, size):
             storage.check_read(storage.place(offsets, size, lanes[where], base), size, lanes[where], base, warp, True)
 
-    def begin_write(self, addresses: Array, lanes: Array, size: int, warp: int) -> None:
+    def begin_write(self, addresses: Array, lanes: Array, size: int, warp: int, generic: bool = True) -> None:
         """An asynchronous write starts: the bytes are nobody's to touch until it is stored with ``end_write``."""
         for storage, base, where, offsets in self._regions(addresses, lanes, size):
             index = storage.place(offsets, size, lanes[where], base)
+            if not generic:
+                storage.check_proxy(index, size, lanes[where], base, warp, "asynchronous write")
             storage.check_write(index, size, lanes[where], base, warp, True)
             storage.stamp(index, size, warp, PENDING)
             storage.valid.reshape(-1, size)[index] = 0
 
-    def end_write(self, addresses: Array, lanes: Array, size: int, warp: int) -> None:
-        """The warp has waited for an asynchronous write: it counts as its own of now."""
+    def end_write(
+        self, addresses: Array, lanes: Array, size: int, writer: int, clock: int | None = None, generic: bool = True
+    ) -> None:
+        """The warp has waited for an asynchronous write: it counts as its own of now; or as an mbarrier's, by clock."""
         for storage, base, where, offsets in self._regions(addresses, lanes, size):
             index = storage.place(offsets, size, lanes[where], base)
-            clock = 0 if storage.clocks is None else int(storage.clocks.seen[warp, warp])
-            storage.stamp(index, size, warp, clock)
+            if clock is None:
+                clock = 0 if storage.clocks is None else int(storage.clocks.seen[writer, writer])
+            storage.stamp(index, size, writer, clock, generic)
             storage.valid.reshape(-1, size)[index] = 255
+
+    def end_read(self, addresses: Array, size: int, warp: int, again: bool = False) -> None:
+        """The warp has waited for an asynchronous read, which counts as its own of now; again: another goes on."""
+        for storage, _, _, offsets in self._regions(addresses, np.zeros(len(addresses), int), size):
+            clock = 0 if storage.clocks is None else int(storage.clocks.seen[warp, warp])
+            storage.hold(offsets // size, size, warp, PENDING if again else clock)
+
+    def read_asynchronously(self, addresses: Array, lanes: Array, size: int, warp: int) -> None:
+        """An asynchronous read starts: the bytes must be there for it, and stay until it is waited for."""
+        for storage, base, where, offsets in self._regions(addresses, lanes, size):
+            index = storage.place(offsets, size, lanes[where], base)
+            storage.check_read(index, size, lanes[where], base, warp, True)
+            storage.check_proxy(index, size, lanes[where], base, warp, "asynchronous read")
+            storage.hold(index, size, warp)
+
+    def forget(self, addresses: Array, size: int) -> None:
+        """The bytes count as never written."""
+        for storage, _, _, offsets in self._regions(addresses, np.zeros(len(addresses), int), size):
+            storage.valid.reshape(-1, size)[offsets // size] = 0
 
     def poke(self, address: int, values: Array) -> None:
         """Bytes that are written whatever is there: an asynchronous copy's, at an address that was checked."""

@@ -184,6 +184,10 @@ def _entry(statement: str, line: int) -> Kernel:
     match = re.search(r"\.entry\s+([\w$]+)\s*(?:\((.*?)\))?", statement)
     if match is None:
         raise PTXError(f"line {line}: not an entry: {statement!r}")
+    if any(
+        int(count) != 1 for count in re.findall(r"\d+", "".join(re.findall(r"nctapercluster([\d\s,]+)", statement)))
+    ):
+        raise PTXError(f"line {line}: clusters of several CTAs are not supported")
     return Kernel(match[1], [_variable(text.strip(), line) for text in (match[2] or "").split(",") if text.strip()])
 
 

@@ -100,18 +100,26 @@ def matmul_kernel(
 
 
 def multiply(
-    a: Tensor, b: Tensor, stages: int, late: bool | None, dtype: torch.dtype = torch.float32
+    a: Tensor,
+    b: Tensor,
+    stages: int,
+    late: bool | None,
+    dtype: torch.dtype = torch.float32,
+    arch: str = "sm_80",
+    seed: int = 0,
+    depth: int = 32,
+    warps: int = 4,
 ) -> tuple[Tensor, str]:
     """The product of a Triton kernel, and the PTX that was executed."""
     out = torch.full((a.shape[0], b.shape[1]), torch.nan, dtype=dtype)
     total = tl.float16 if dtype == torch.float16 else tl.float32
-    with catching("sm_80") as caught:
+    with catching(arch) as caught:
         matmul_kernel[(triton.cdiv(a.shape[0], 64), triton.cdiv(b.shape[1], 64))](
             a, b, out, a.shape[0], b.shape[1], a.shape[1], a.stride(0), b.stride(0), out.stride(0),
-            a.dtype == torch.float32, total, 64, 32, num_warps=4, num_stages=stages,
+            a.dtype == torch.float32, total, 64, depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     caught[0].arguments[2] = output = Output(out)
-    run_triton(caught[0], late=late)
+    run_triton(caught[0], seed=seed, late=late)
     assert output.written.all()
     return out, caught[0].compiled.asm["ptx"]
 
@@ -140,4 +148,26 @@ def test_triton_matmul_that_sums_in_half_precision() -> None:
     a, b = torch.randn(64, 64).half(), torch.randn(64, 64).half()
     product, text = multiply(a, b, 2, None, torch.float16)
     assert "m16n8k16.row.col.f16.f16.f16.f16" in text
+    torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("late", [True, False, None])
+@pytest.mark.parametrize(("depth", "stages", "warps"), [(32, 1, 4), (64, 2, 4), (32, 3, 4), (32, 4, 4), (32, 3, 8)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_triton_matmul_of_warp_groups(
+    dtype: torch.dtype, depth: int, stages: int, warps: int, late: bool | None
+) -> None:
+    """64 rows are of one group: where there are two, each has 32 of the columns."""
+    a, b = torch.randn(70, 176).to(dtype), torch.randn(176, 80).to(dtype)
+    product, text = multiply(a, b, stages, late, arch="sm_90", seed=stages, depth=depth, warps=warps)
+    assert ("cp.async.cg" in text) == (stages > 1)
+    assert f"wgmma.mma_async.sync.aligned.m64n{256 // warps}k{8 if dtype == torch.float32 else 16}" in text
+    error = 1e-3 if dtype == torch.float32 else 1e-6
+    torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=error, atol=30 * error)
+
+
+def test_triton_matmul_of_warp_groups_that_sums_in_half_precision() -> None:
+    a, b = torch.randn(64, 64).half(), torch.randn(64, 64).half()
+    product, text = multiply(a, b, 2, None, torch.float16, "sm_90")
+    assert "m64n64k16.f16.f16.f16" in text
     torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-2, atol=5e-2)

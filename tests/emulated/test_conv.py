@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,17 @@ def run(
 )
 def test_odd_shapes_and_recipes(op: str, problem: Problem, dtype: torch.dtype) -> None:
     run(op, problem, dtype)
+
+
+@pytest.mark.parametrize("wanted", [*itertools.product([False, True], repeat=3)])
+def test_every_combination_of_gradients(wanted: tuple[bool, ...]) -> None:
+    problem = Problem(1, 8, 16, (3, 3), (3, 4), padding=1, layout="channels_last", per_channel=wanted[0])
+    call = list(arguments(problem, OPS[2], F16, torch.device("cpu")))
+    call[5:8] = [*wanted[:2]], wanted[2], [*wanted[1:]]
+    with use_config(SMALL), emulated() as launched:
+        found = conv.mixed_conv_wgrad(*call)
+    assert_exact(OPS[2], call, found)
+    assert len(launched) == any(wanted), "a product that nothing asked for"
 
 
 @pytest.mark.parametrize("op", OPS)

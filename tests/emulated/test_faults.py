@@ -153,8 +153,8 @@ def test_faults_of_a_pipeline(pattern: str, place: int, instead: str, kind: str,
 @functools.cache
 def product() -> tuple[Launched, torch.Tensor]:
     """A launch of the linear product in three stages, and what is right in float64."""
+    from rl_kernels.backends.heuristics import Config, use_config
     from rl_kernels.backends.triton import linear
-    from rl_kernels.backends.triton.heuristics import Config, use_config
     from tests.emulated.launch import catching
 
     torch.manual_seed(0)

@@ -43,12 +43,9 @@ def test_machine_code(file: str, element: str, arch: str, tmp_path: Path) -> Non
 
 def compile_to(cubin: Path, file: str, element: str, arch: str) -> str:
     """Returns what ptxas says of registers and memory."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("nvcc was not found: neither on PATH, nor under CUDA_HOME, nor in the package nvidia-cuda-nvcc")
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-DRL_ELEMENT={ELEMENTS[element]}", "-Xptxas", "-v"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    command = [nvcc, "-cubin", *flags, SOURCES / f"{file}.cu", "-o", cubin]
+    command = [find_nvcc(), "-cubin", *flags, SOURCES / f"{file}.cu", "-o", cubin]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stderr

@@ -39,6 +39,7 @@ def _load(d: Decoder) -> Run:
 
 @family("st")
 def _store(d: Decoder) -> Run:
+    d.refuse("async", "bulk")
     kind = f"b{TYPES[d.types[-1]].bits}"
     plain = _plain(d)
     address = d.address(d.operands[0], d.space)
@@ -68,6 +69,7 @@ ATOMIC: dict[str, Callable[[Array, Array], Array]] = {
 @family("atom", "red")
 def _atomic(d: Decoder) -> Run:
     """9.7.13.15 - 16: a lane after the other."""
+    d.refuse("async")
     type = TYPES[d.types[-1]]
     returns = d.source.opcode == "atom"
     place, *operands = d.operands[1:] if returns else d.operands
@@ -147,13 +149,14 @@ def _copy(d: Decoder) -> Run:
         none = np.full(len(lanes), -1)
         copy = Copy(lanes, where, of, size, count, none, np.zeros(len(lanes), bool), slow)
         if not slow:
-            _take_effect(warp, copy, np.arange(len(lanes)))
+            take_effect(warp, copy, np.arange(len(lanes)))
         warp.copies.append(copy)
 
     return run
 
 
-def _take_effect(warp: Warp, copy: Copy, which: Array) -> None:
+def take_effect(warp: Warp, copy: Copy, which: Array) -> None:
+    """Copy the bytes of some of the lanes."""
     memory = warp.cta.memory
     for i in which:
         values = np.zeros(copy.size, np.uint8)
@@ -188,7 +191,7 @@ def _finish(warp: Warp, mask: Array, keep: int) -> None:
         which = np.flatnonzero(ready)
         if len(which):
             if copy.late:
-                _take_effect(warp, copy, which)
+                take_effect(warp, copy, which)
             warp.cta.memory.end_write(copy.target[which], copy.lanes[which], copy.size, warp.number)
             copy.done[which] = True
     warp.copies = [copy for copy in warp.copies if not copy.done.all()]

@@ -218,7 +218,7 @@ def test_a_long_sum_for_few_rows_rounds_no_worse_than_a_product(backend: str, ro
 
 
 def test_unknown_backends_are_named() -> None:
-    message = "backend: got 'cudnn', expected one of auto, cpu, triton, streamed, reference"
+    message = "backend: got 'cudnn', expected one of auto, cpu, triton, cuda, streamed, reference"
     with pytest.raises(ValueError, match=message), rl.use_backend("cudnn"):
         pass
     program = (

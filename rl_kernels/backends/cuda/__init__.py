@@ -57,8 +57,11 @@ def refuses_call(op: str, arguments: Sequence[Any]) -> str | None:
         return "takes coefficients in float32"
     if arithmetic(activation.dtype, "conv" in op) == IEEE:
         return "multiplies float32 as TF32 only, which torch's switch for it does not allow"
-    sizes = [activation.numel() // max(1, activation.shape[-1 if "linear" in op else 1]), *weights[0].shape]
-    if max(*sizes, math.prod(weights[0].shape[1:])) >= 1 << 31:
+    out, within, *taps = weights[0].shape
+    counts = [activation.numel() // max(1, activation.shape[-1 if "linear" in op else 1])]
+    counts += [max(out, within) * math.prod(taps)]
+    counts += [math.prod(arguments[3]) // max(1, arguments[3][1])] if op == "mixed_conv_dgrad" else []
+    if max(counts) >= (1 << 31) - 512:  # Less a tile.
         return "counts pixels and channels in 31 bits"
     if "conv" in op and arguments[-1] > MOST_GROUPS:
         return f"takes at most {MOST_GROUPS} groups"

@@ -22,7 +22,7 @@ from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias
 
 GROUP = 8
 """Tiles of rows that run beside one another, and share the activation's tiles in L2."""
-REDUCE_BLOCK, SUM_OUT, SUM_TOKENS = 1024, 128, 32
+REDUCE_BLOCK, SUM_OUT, SUM_TOKENS, SUM_SPLITS = 1024, 128, 32, 32
 
 
 @triton.jit
@@ -172,50 +172,10 @@ def reduce_product_kernel(
 
 
 @triton.jit
-def multiply_tokens(
-    dy,
-    x,
-    first,
-    last,
-    dy_token_stride,
-    x_token_stride,
-    dy_offsets,
-    x_offsets,
-    dy_mask,
-    x_mask,
-    token,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    EVEN: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    """A tile of G = dy^T x over tokens first..last, and dy's sums over them if SUMS (else zeros)."""
-    g = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    sums = tl.zeros((BLOCK_OUT,), tl.float32)
-    for start in tl.range(first, last, BLOCK_TOKENS):
-        start = tl.cast(start, tl.int64)
-        if EVEN:
-            a = tl.load(dy + start * dy_token_stride + dy_offsets, mask=dy_mask[:, None], other=0.0)
-            b = tl.load(x + start * x_token_stride + x_offsets, mask=x_mask[None, :], other=0.0)
-        else:
-            inside = start + token < last
-            a = tl.load(dy + start * dy_token_stride + dy_offsets, mask=dy_mask[:, None] & inside[None, :], other=0.0)
-            b = tl.load(x + start * x_token_stride + x_offsets, mask=inside[:, None] & x_mask[None, :], other=0.0)
-        g = dot(a, b, g, PRECISION, WIDEN)
-        if SUMS:
-            sums += tl.sum(a.to(tl.float32), 1)
-    return g, sums
-
-
-@triton.jit
 def wgrad_kernel(
     gradients,
     partial,
     dots,
-    sums,
     dy,
     x,
     weights,
@@ -238,7 +198,6 @@ def wgrad_kernel(
     ADDED: tl.constexpr,
     DOTS: tl.constexpr,
     FAR: tl.constexpr,
-    SUMS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -249,10 +208,7 @@ def wgrad_kernel(
     BLOCK_TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of G = dy^T x, finished at once; or, if SPLIT, a split's share of it into partial.
-
-    partial: (split, out, in). sums: (split, out), dy's sums over a split's tokens, by the programs of the first column.
-    """
+    """One tile of G = dy^T x, finished at once; or, if SPLIT, a split's share of it into partial, (split, out, in)."""
     program, split = tl.program_id(0), tl.program_id(1)
     row, column = tile_of(program, tl.cdiv(out_features, BLOCK_OUT), tl.cdiv(in_features, BLOCK_IN), GROUP)
     first = split * steps * BLOCK_TOKENS
@@ -266,17 +222,19 @@ def wgrad_kernel(
     dy_offsets = o[:, None] * dy_feature_stride + t[None, :] * dy_token_stride
     x_offsets = t[:, None] * x_token_stride + i[None, :] * x_feature_stride
     in_rows, in_columns = first_out + o < out_features, first_in + i < in_features
-    if SUMS and column == 0:
-        g, total = multiply_tokens(
-            dy, x, first, last, dy_token_stride, x_token_stride, dy_offsets, x_offsets, in_rows, in_columns, t,
-            PRECISION, WIDEN, EVEN, True, BLOCK_OUT, BLOCK_IN, BLOCK_TOKENS,
-        )  # fmt: skip
-        tl.store(sums + split.to(tl.int64) * out_features + first_out + o, total, mask=in_rows)
-    else:
-        g, _ = multiply_tokens(
-            dy, x, first, last, dy_token_stride, x_token_stride, dy_offsets, x_offsets, in_rows, in_columns, t,
-            PRECISION, WIDEN, EVEN, False, BLOCK_OUT, BLOCK_IN, BLOCK_TOKENS,
-        )  # fmt: skip
+    # dy is not summed here for the biases as well: of a tile with two uses Triton 3.8 keeps a stage too few on sm_90,
+    # and overwrites what a product under way still reads.
+    g = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    for start in tl.range(first, last, BLOCK_TOKENS):
+        start = tl.cast(start, tl.int64)
+        if EVEN:
+            dy_mask, x_mask = in_rows[:, None], in_columns[None, :]
+        else:
+            inside = start + t < last
+            dy_mask, x_mask = in_rows[:, None] & inside[None, :], inside[:, None] & in_columns[None, :]
+        a = tl.load(dy + start * dy_token_stride + dy_offsets, mask=dy_mask, other=0.0)
+        b = tl.load(x + start * x_token_stride + x_offsets, mask=x_mask, other=0.0)
+        g = dot(a, b, g, PRECISION, WIDEN)
     if SPLIT:
         place = (split.to(tl.int64) * out_features + first_out) * in_features + first_in
         places = o[:, None] * in_features + i[None, :]
@@ -305,7 +263,7 @@ def sum_tokens_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """sums[split, out] = dy summed over a split's tokens: for the biases where no product is wanted."""
+    """sums[split, out] = dy summed over a split's tokens, for the biases."""
     o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     split = tl.program_id(1)
     first = split * steps * BLOCK_TOKENS
@@ -479,14 +437,16 @@ def mixed_linear_wgrad(
     partial = epilogue.dots
     if splits > 1 and needs_product:
         partial = dy.new_empty((splits, out_features, in_features), dtype=torch.float32)
-    sums = dy.new_empty((splits, out_features), dtype=torch.float32) if needs_sums else None
+    sums = None
+    if needs_sums:
+        sum_steps = cdiv(cdiv(tokens, SUM_TOKENS), SUM_SPLITS)
+        sums = dy.new_empty((cdiv(tokens, max(1, sum_steps) * SUM_TOKENS), out_features), dtype=torch.float32)
     with on_device(x):
         if needs_product:
             wgrad_kernel[(tiles, splits)](
                 epilogue.targets,
                 partial,
                 epilogue.dots,
-                epilogue.dots if sums is None else sums,
                 dy,
                 x,
                 recipe.weights,
@@ -501,7 +461,6 @@ def mixed_linear_wgrad(
                 recipe.weight_strides,
                 *recipe.strides,
                 **epilogue.flags,
-                SUMS=needs_sums,
                 SPLIT=splits > 1,
                 EVEN=tokens % config.depth == 0,
                 WIDE=is_wide(max(*dy.stride(), *x.stride())),
@@ -516,13 +475,13 @@ def mixed_linear_wgrad(
             )
             if splits > 1:
                 epilogue.reduce(partial, (1, 1, 1), 1, out_features, in_features, config)
-        elif sums is not None:
-            sum_tokens_kernel[(cdiv(out_features, SUM_OUT), splits)](
+        if sums is not None and tokens > 0:
+            sum_tokens_kernel[(cdiv(out_features, SUM_OUT), len(sums))](
                 sums,
                 dy,
                 tokens,
                 out_features,
-                cdiv(steps * config.depth, SUM_TOKENS),
+                sum_steps,
                 *dy.stride(),
                 BLOCK_OUT=SUM_OUT,
                 BLOCK_TOKENS=SUM_TOKENS,
