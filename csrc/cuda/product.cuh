@@ -210,19 +210,7 @@ template <class T, class Tile, class Place, bool TRANSPOSED, class Kind> __devic
         for (int r = 0; r < 4; ++r)
           weight[down][r] = operand<T>(pack<T>(mixed[down][r]));
       }
-#pragma unroll
-      for (int across = 0; across < Tile::ACROSS; across += 2) {
-        uint32_t columns[4];
-        Activation::second_operands(columns, from + sources * Weight::BYTES, warp_column + 8 * across, s, lane);
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          columns[r] = operand<T>(columns[r]);
-#pragma unroll
-        for (int down = 0; down < Tile::DOWN; ++down) {
-          ptx::mma<T>(sums[down][across], weight[down], columns[0], columns[1]);
-          ptx::mma<T>(sums[down][across + 1], weight[down], columns[2], columns[3]);
-        }
-      }
+      multiply_add<T, Tile, Activation>(sums, weight, from + sources * Weight::BYTES, warp_column, s, lane);
     }
   };
   pipeline(steps, p.stages, load, multiply);

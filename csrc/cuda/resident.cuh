@@ -273,19 +273,7 @@ template <class T, class Tile, bool TRANSPOSED, class Kind> __device__ void resi
 #pragma unroll
       for (int down = 0; down < Tile::DOWN; ++down)
         Weight::first_operand(weight[down], weights, warp_row + 16 * down, s, lane);
-#pragma unroll
-      for (int across = 0; across < Tile::ACROSS; across += 2) {
-        uint32_t columns[4];
-        Activation::second_operands(columns, columns_from, warp_column + 8 * across, s, lane);
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          columns[r] = operand<T>(columns[r]);
-#pragma unroll
-        for (int down = 0; down < Tile::DOWN; ++down) {
-          ptx::mma<T>(sums[down][across], weight[down], columns[0], columns[1]);
-          ptx::mma<T>(sums[down][across + 1], weight[down], columns[2], columns[3]);
-        }
-      }
+      multiply_add<T, Tile, Activation>(sums, weight, columns_from, warp_column, s, lane);
     }
     if (++tile_step == steps) {
       store(tile);

@@ -75,6 +75,26 @@ template <class T, int WIDTH> struct DepthOuter {
   }
 };
 
+// Adds to a warp's sums the products of its rows, first operands in registers, and of its columns from `first` on,
+// which are read from shared memory in between.
+template <class T, class Tile, class Columns>
+__device__ inline void multiply_add(typename Tile::Sums &sums, const uint32_t (&rows)[Tile::DOWN][4], uint32_t tile,
+                                    int first, int step, int lane) {
+#pragma unroll
+  for (int across = 0; across < Tile::ACROSS; across += 2) {
+    uint32_t columns[4];
+    Columns::second_operands(columns, tile, first + 8 * across, step, lane);
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      columns[r] = operand<T>(columns[r]);
+#pragma unroll
+    for (int down = 0; down < Tile::DOWN; ++down) {
+      ptx::mma<T>(sums[down][across], rows[down], columns[0], columns[1]);
+      ptx::mma<T>(sums[down][across + 1], rows[down], columns[2], columns[3]);
+    }
+  }
+}
+
 // The tile of block `index` of rows x columns of tiles: 8 rows at a time, whose blocks share the columns' operand in
 // L2.
 __device__ inline int2 tile_of(int index, int rows, int columns) {

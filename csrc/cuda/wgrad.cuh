@@ -238,19 +238,7 @@ template <class T, class Tile, class Place> __device__ void wgrad(const Wgrad &p
         for (int r = 0; r < 4; ++r)
           rows[down][r] = operand<T>(rows[down][r]);
       }
-#pragma unroll
-      for (int across = 0; across < Tile::ACROSS; across += 2) {
-        uint32_t inputs[4];
-        Activation::second_operands(inputs, from + Gradient::BYTES, warp_column + 8 * across, s, lane);
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          inputs[r] = operand<T>(inputs[r]);
-#pragma unroll
-        for (int down = 0; down < Tile::DOWN; ++down) {
-          ptx::mma<T>(sums[down][across], rows[down], inputs[0], inputs[1]);
-          ptx::mma<T>(sums[down][across + 1], rows[down], inputs[2], inputs[3]);
-        }
-      }
+      multiply_add<T, Tile, Activation>(sums, rows, from + Gradient::BYTES, warp_column, s, lane);
     }
   };
   pipeline(steps, p.stages, load, multiply);

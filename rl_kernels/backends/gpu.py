@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rl_kernels import _ops
+
+
+def kernels_of(backend: str, ops: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """The implementation of each of ``ops`` in a backend's package, which is imported at the first call."""
+
+    def run(op: str, *arguments: Any, **options: Any) -> Any:
+        return getattr(module_of(backend, op), op)(*arguments, **options)
+
+    return {op: functools.partial(run, op) for op in ops}
+
+
+@functools.cache
+def module_of(backend: str, op: str) -> Any:
+    """The module of a backend's package that has ``op``."""
+    return importlib.import_module(f"{backend}.{'linear' if 'linear' in op else 'conv'}")
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:

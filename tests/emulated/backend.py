@@ -93,6 +93,9 @@ def ptx_of(name: str, arch: str, edit: Edit | None = None) -> str:
         assert files[file].count(old) == 1, f"{file} has {old!r} {files[file].count(old)} times"
         files[file] = files[file].replace(old, new)
         # The smallest tiles are enough to see it, and the others take longest to compile.
-        files[main] = re.sub(r"^(PRODUCTS|WGRADS)\(128.*$", "", files[main], flags=re.MULTILINE)
+        listed = files["kernels_sm80.cuh"]
+        files["kernels_sm80.cuh"] = re.sub(
+            r"^ *(PRODUCTS|WGRADS)\(layer, Place, 128.*\n", "", listed, flags=re.MULTILINE
+        )
     flags = "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", f"-DRL_ELEMENT={ELEMENTS[element]}"
     return compiled_files(files, main, arch, *flags)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -14,30 +12,9 @@ from rl_kernels.backends.cuda import configs, conv, resident
 from rl_kernels.backends.heuristics import A100, Config, use_config
 from tests.emulated.backend import emulated
 from tests.emulated.exact import assert_exact
+from tests.emulated.problems import BF16, F16, SMALL, TF32, run
 
 OPS = ("mixed_conv", "mixed_conv_dgrad", "mixed_conv_wgrad")
-SMALL = Config(64, 64, 32, 4, 3)
-BF16, F16, TF32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def filled() -> Iterator[None]:
-    """What is allocated and not written is NaN. Convolutions multiply float32 as TF32 unless told otherwise."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def run(
-    op: str, problem: Problem, dtype: torch.dtype, config: Config = SMALL, splits: int = 1, **options: Any
-) -> list[str]:
-    """Execute an op in a configuration, and hold it against the exact result; the kernels that ran."""
-    call = arguments(problem, op, dtype, torch.device("cpu"))
-    config = config._replace(depth=configs.STEP_BYTES // dtype.itemsize)
-    with use_config(config, splits), emulated(**options) as launched:
-        found = getattr(conv, op)(*call)
-    assert_exact(op, call, found)
-    return launched
 
 
 @pytest.mark.parametrize("op", OPS)

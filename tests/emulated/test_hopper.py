@@ -22,7 +22,7 @@ from rl_kernels.backends.triton import conv, linear, offline
 from tests.emulated.launch import Launched, Output, TensorMap, catching, run, run_triton
 from tests.emulated.memory import Fault
 from tests.emulated.ptx import PTXError
-from tests.emulated.test_kernels import Problem, assert_close, filled, flat  # noqa: F401
+from tests.emulated.test_kernels import Problem, assert_close, flat
 
 SEEDS = range(3)
 

@@ -14,33 +14,18 @@ from rl_kernels.backends.cuda import configs, linear
 from rl_kernels.backends.heuristics import Config, use_config
 from tests.emulated.backend import emulated
 from tests.emulated.exact import assert_exact, assert_near, results
+from tests.emulated.problems import BF16, F16, SMALL, TF32, run
 
 OPS = ("mixed_linear", "mixed_linear_dgrad", "mixed_linear_wgrad")
-SMALL = Config(64, 64, 32, 4, 3)
-BF16, F16, TF32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
-def filled() -> Iterator[None]:
-    """What is allocated and not written is NaN; float32 is multiplied as TF32."""
+def tf32() -> Iterator[None]:
+    """Linear layers multiply float32 as TF32 where they are told to."""
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-    torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
     matmul.fp32_precision = before
-
-
-def run(
-    op: str, problem: Problem, dtype: torch.dtype, config: Config = SMALL, splits: int = 1, **options: Any
-) -> list[str]:
-    """Execute an op in a configuration, and hold it against the exact result; the kernels that ran."""
-    call = arguments(problem, op, dtype, torch.device("cpu"))
-    config = config._replace(depth=configs.STEP_BYTES // dtype.itemsize)
-    with use_config(config, splits), emulated(**options) as launched:
-        found = getattr(linear, op)(*call)
-    assert_exact(op, call, found)
-    return launched
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from rl_kernels._problems import Problem
-from tests.emulated import test_conv, test_linear
+from tests.emulated import test_linear
 from tests.emulated.memory import Fault
+from tests.emulated.problems import BF16, run
 
 CONV = Problem(2, 24, 24, (3, 3), (5, 6), padding=1, layout="channels_last")
 
 
 def odd_linear(op: str, **options: Any) -> None:
     """Five stages' worth of the sum, and tiles that are not full."""
-    test_linear.run(op, Problem(70, 40, 136), torch.bfloat16, **options)
+    run(op, Problem(70, 40, 136), BF16, **options)
 
 
 def padded_conv(op: str, **options: Any) -> None:
-    test_conv.run(op, CONV, torch.bfloat16, **options)
+    run(op, CONV, BF16, **options)
 
 
 SWAPPED = "offset(first + lane % 16, 2 * step + lane / 16)"
-
-
-@pytest.fixture(autouse=True)
-def filled() -> Iterator[None]:
-    """What is allocated and not written is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 FAULTS: dict[str, tuple[Callable[..., object], str, str, str, str]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,16 +26,7 @@ LEAST_CHANNELS = 16
 
 def kernels(ops: Iterable[str]) -> dict[str, Callable[..., Any]]:
     """The implementation of each of ``ops``."""
-    return {op: functools.partial(_run, op) for op in ops}
-
-
-def _run(op: str, *arguments: Any, **options: Any) -> Any:
-    return getattr(_module(op), op)(*arguments, **options)
-
-
-@functools.cache
-def _module(op: str) -> Any:
-    return importlib.import_module(f"rl_kernels.backends.cuda.{'linear' if 'linear' in op else 'conv'}")
+    return gpu.kernels_of(__name__, ops)
 
 
 def refuses(case: Case) -> str | None:

@@ -29,16 +29,7 @@ OLDEST = (3, 6)
 
 def kernels(ops: Iterable[str]) -> dict[str, Callable[..., Any]]:
     """The implementation of each of ``ops``; Triton is imported at the first call."""
-    return {op: functools.partial(_run, op) for op in ops}
-
-
-def _run(op: str, *arguments: Any, **options: Any) -> Any:
-    return getattr(_module(op), op)(*arguments, **options)
-
-
-@functools.cache
-def _module(op: str) -> Any:
-    return importlib.import_module(f"rl_kernels.backends.triton.{'linear' if 'linear' in op else 'conv'}")
+    return gpu.kernels_of(__name__, ops)
 
 
 def refuses(case: Case) -> str | None:
@@ -99,9 +90,9 @@ def variants(op: str, dtype: torch.dtype) -> Variants:
     if "linear" in op:
         usual = configs.WGRAD_CONFIGS if wgrad else configs.PRODUCT_CONFIGS
     elif wgrad:
-        usual = _module(op).CONV_WGRAD_CONFIGS
+        usual = gpu.module_of(__name__, op).CONV_WGRAD_CONFIGS
     else:
-        usual = (*_module(op).CONV_CONFIGS, *configs.RESIDENT_CONFIGS)
+        usual = (*gpu.module_of(__name__, op).CONV_CONFIGS, *configs.RESIDENT_CONFIGS)
     size = dtype.itemsize
     row, scratch = (size, 0) if wgrad else (2 * size, size)
     work = heuristics.Work(1, 1, 1, row, size, scratch, 1.0)

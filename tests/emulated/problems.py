@@ -1,0 +1,29 @@
+"""Calls of the CUDA backend's ops, executed and held against the exact result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rl_kernels._problems import Problem, arguments
+from rl_kernels.backends import cuda
+from rl_kernels.backends.cuda import configs
+from rl_kernels.backends.heuristics import Config, use_config
+from tests.emulated.backend import emulated
+from tests.emulated.exact import assert_exact
+
+SMALL = Config(64, 64, 32, 4, 3)
+BF16, F16, TF32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def run(
+    op: str, problem: Problem, dtype: torch.dtype, config: Config = SMALL, splits: int = 1, **options: Any
+) -> list[str]:
+    """Execute an op in a configuration, and hold it against the exact result; the kernels that ran."""
+    call = arguments(problem, op, dtype, torch.device("cpu"))
+    config = config._replace(depth=configs.STEP_BYTES // dtype.itemsize)
+    with use_config(config, splits), emulated(**options) as launched:
+        found = cuda.kernels([op])[op](*call)
+    assert_exact(op, call, found)
+    return launched
