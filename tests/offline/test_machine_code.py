@@ -19,7 +19,7 @@ MATRIX_INSTRUCTION = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA"), "sm_100": 
 
 
 NAMES = {
-    "linear": {"product_kernel", "reduce_product_kernel", "wgrad_kernel"},
+    "linear": {"product_kernel", "reduce_product_kernel", "wgrad_kernel", "sum_tokens_kernel"},
     "conv": {
         *("correlate_kernel", "reduce_product_kernel", "resident_kernel", "wgrad_kernel"),
         *("depthwise_kernel", "depthwise_wgrad_kernel"),
