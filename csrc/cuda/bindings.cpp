@@ -27,8 +27,6 @@ namespace {
 namespace py = pybind11;
 using rl_kernels::Kernel;
 
-constexpr unsigned SHARED_WITHOUT_ASKING = 48 * 1024; // bytes a block; beyond, a kernel must be told
-
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -80,7 +78,8 @@ const Kernel &find(std::string_view name) {
   return found->second;
 }
 
-// More than 48 KiB must be allowed, to each kernel on each device; that lasts, so it is asked for when it grows.
+// More than 48 KiB, what a kernel declares itself included, must be allowed, to each kernel on each device; that lasts,
+// so it is asked for when it grows.
 void allow_shared(const Kernel &kernel, unsigned bytes, const std::string &doing) {
   static std::mutex mutex;
   static auto *allowed = new std::map<std::pair<const void *, int>, unsigned>;
@@ -107,7 +106,7 @@ void launch(std::string_view name, const std::array<unsigned, 3> &grid, unsigned
   cudaError_t error;
   {
     const py::gil_scoped_release no_gil; // a full queue blocks
-    if (shared_bytes > SHARED_WITHOUT_ASKING)
+    if (shared_bytes > 0)
       allow_shared(kernel, shared_bytes,
                    "kernel " + std::string(name) + " with " + std::to_string(shared_bytes) + " bytes of shared memory");
     error = cudaLaunchKernel(kernel.function, dim3(grid[0], grid[1], grid[2]), dim3(threads), arguments, shared_bytes,
