@@ -61,6 +61,7 @@ struct Wgrad {
   int32_t vector_dy, vector_x, vector_gradients; // vector_gradients, as the next two: bit j
   int32_t added;                                 // whether a gradient is added to what is there
   int32_t wide;                                  // whether it is float32 where the sources have 16 bits
+  int32_t per_channel;                           // whether coefficients are a channel's own, whatever their stride
 };
 
 // out = the splits' shares of a product added in their order, and the bias.

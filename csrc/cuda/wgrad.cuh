@@ -42,7 +42,7 @@ public:
       }
       if (p_.dots != 0) {
         float dot = exists && inside_ > 0 ? dot_with_source(j, feature, g) : 0.0f;
-        if (p_.recipe.channel_stride == 0) {
+        if (!p_.per_channel) {
           dots_[j] += dot;
           continue;
         }
@@ -57,7 +57,7 @@ public:
 
   // After the last chunk, by all threads.
   __device__ void end() {
-    if (p_.dots == 0 || p_.recipe.channel_stride != 0)
+    if (p_.dots == 0 || p_.per_channel)
       return;
     __shared__ float warps[MOST_SOURCES][Tile::THREADS / 32];
 #pragma unroll
@@ -152,14 +152,13 @@ template <class Tile> struct Tiles {
 
 template <class T, class Tile, class Place>
 __device__ Finish<T, Tile, Place> finish_of(const Wgrad &p, int2 tile, const Tiles<Tile> &tiles) {
-  const bool per_channel = p.recipe.channel_stride != 0;
   const int group = blockIdx.y, all = tiles.rows * tiles.columns;
   return {p,
           group,
           tile.x * Tile::ROWS,
           tile.y * Tile::COLUMNS,
-          per_channel ? tile.y : group * all + int(blockIdx.x),
-          per_channel ? tiles.columns : p.groups * all};
+          p.per_channel ? tile.y : group * all + int(blockIdx.x),
+          p.per_channel ? tiles.columns : p.groups * all};
 }
 
 template <class T, class Tile, class Place> __device__ void wgrad(const Wgrad &p) {

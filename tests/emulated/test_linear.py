@@ -95,6 +95,17 @@ def test_as_chosen(op: str, tokens: int, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_one_coefficient_expanded_to_all_channels(op: str) -> None:
+    """Their stride is 0, and each has a gradient of its own."""
+    call = list(arguments(Problem(12, 20, 24, per_channel=True), op, BF16, torch.device("cpu")))
+    at = 3 if op.endswith("wgrad") else 2
+    call[at] = call[at][:, :1].expand(-1, 20)
+    with use_config(SMALL), emulated():
+        found = getattr(linear, op)(*call)
+    assert_exact(op, call, found)
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("sizes", [(0, 5, 6), (5, 0, 6), (5, 6, 0)])
 def test_nothing(op: str, sizes: tuple[int, int, int]) -> None:
     run(op, Problem(*sizes), BF16)

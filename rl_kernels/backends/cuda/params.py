@@ -155,6 +155,7 @@ class WgradParams(ctypes.Structure):
         ("vector_gradients", ctypes.c_int32),
         ("added", ctypes.c_int32),
         ("wide", ctypes.c_int32),
+        ("per_channel", ctypes.c_int32),
     ]
 
 

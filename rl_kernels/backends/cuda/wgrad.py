@@ -132,6 +132,7 @@ def _products(
         vector_gradients=bits([g is not None and is_vector(g, whole) and apart for g in gradients]),
         added=bits(asked.added),
         wide=bits([g is not None and g.dtype != dtype for g in gradients]),
+        per_channel=recipe.per_channel,
     )
     layer, shape = "linear" if linear else "conv", f"{config.rows}x{config.columns}_{configs.NAMES[dtype]}"
     threads, operands = 32 * config.warps, (dy, x, *recipe.weights)
