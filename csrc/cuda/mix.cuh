@@ -4,6 +4,7 @@
 // Terms are added in source order in float32, and rounded once.
 #pragma once
 
+#include "params.h"
 #include "ptx.cuh"
 
 namespace rl_kernels {
@@ -64,14 +65,18 @@ template <class T> __device__ inline float2 first_source(uint32_t source, float2
   return {values.x * factors.x, sizeof(T) == 2 ? values.y * factors.y : 0.0f};
 }
 
+// Of source j for an output channel.
+__device__ inline float coefficient(const Recipe &recipe, int j, int64_t channel) {
+  return reinterpret_cast<const float *>(
+      recipe.coefficients)[j * recipe.source_stride + channel * recipe.channel_stride];
+}
+
 // The bias of a channel, rounded as the weight is.
-template <class T>
-__device__ inline float mixed_bias(const T *const *biases, const int64_t *strides, const float *coefficients,
-                                   int64_t source_stride, int64_t channel_stride, int sources, int64_t channel) {
+template <class T> __device__ inline float mixed_bias(const Product &p, int64_t channel) {
   float sum = 0.0f;
-  for (int j = 0; j < sources; ++j) {
-    float factor = coefficients[j * source_stride + channel * channel_stride];
-    float term = widened(biases[j][channel * strides[j]]);
+  for (int j = 0; j < p.recipe.sources; ++j) {
+    float factor = coefficient(p.recipe, j, channel);
+    float term = widened(reinterpret_cast<const T *>(p.biases[j])[channel * p.bias_strides[j]]);
     sum = j == 0 ? term * factor : fmaf(term, factor, sum);
   }
   return widened(rounded<T>(sum));

@@ -9,6 +9,9 @@ __device__ inline uint32_t quotient(uint32_t n, const Divisor &by) {
   return by.divisor == 1 ? n : __umulhi(n, by.multiplier) >> by.shift;
 }
 
+// Of all dimensions.
+__device__ inline int taps_of(const Geometry &g) { return g.taps[0] * g.taps[1] * g.taps[2]; }
+
 // n becomes the remainder.
 __device__ inline uint32_t divide(uint32_t &n, const Divisor &by) {
   uint32_t q = quotient(n, by);

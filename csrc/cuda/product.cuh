@@ -20,10 +20,9 @@ template <class T, class Tile, class Place, bool TRANSPOSED, class Kind> class F
 public:
   // first: the lane's warp's first feature.
   __device__ Factors(const Product &p, int first, int lane) : p_(p), lane_(lane) {
-    auto *coefficients = reinterpret_cast<const float *>(p.recipe.coefficients);
     if constexpr (Kind::IS_PAIR) {
-      a_ = coefficients[0];
-      b_ = coefficients[p.recipe.source_stride];
+      a_ = coefficient(p.recipe, 0, 0);
+      b_ = coefficient(p.recipe, 1, 0);
     } else if constexpr (!TRANSPOSED) {
 #pragma unroll
       for (int j = 0; j < MOST_SOURCES; ++j)
@@ -32,7 +31,7 @@ public:
           int feature = min(first + row * 8 + lane / 4, p.features - 1);
           int64_t channel = int64_t(blockIdx.y) * p.features + feature;
           if (j < p.recipe.sources)
-            rows_[j][row] = coefficients[j * p.recipe.source_stride + channel * p.recipe.channel_stride];
+            rows_[j][row] = coefficient(p.recipe, j, channel);
         }
     }
   }
@@ -41,12 +40,11 @@ public:
   // it, of k_end.
   __device__ void step(int j, int k, int k_end) {
     if constexpr (!Kind::IS_PAIR && TRANSPOSED) {
-      auto *coefficients = reinterpret_cast<const float *>(p_.recipe.coefficients) + j * p_.recipe.source_stride;
 #pragma unroll
       for (int e = 0; e < PER_STEP; ++e) {
         int at = k + e / PER_REGISTER * (Element<T>::MMA_DEPTH / 2) + lane_ % 4 * PER_REGISTER + e % PER_REGISTER;
         int64_t channel = int64_t(blockIdx.y) * p_.channels + Place::channel(p_.geometry, min(at, k_end - 1));
-        step_[e] = coefficients[channel * p_.recipe.channel_stride];
+        step_[e] = coefficient(p_.recipe, j, channel);
       }
     }
   }
@@ -95,7 +93,7 @@ template <class T, class Tile, class Place, bool TRANSPOSED, class Kind> __devic
   const int warp_row = warp / Tile::WARPS_OVER_COLUMNS * Tile::WARP_ROWS;
   const int warp_column = warp % Tile::WARPS_OVER_COLUMNS * Tile::WARP_COLUMNS;
   const Geometry &g = p.geometry;
-  const int depth = p.channels * g.taps[0] * g.taps[1] * g.taps[2];
+  const int depth = p.channels * taps_of(g);
   const int first_step = split * p.steps;
   const int steps = min(p.steps, (depth + E::TILE_DEPTH - 1) / E::TILE_DEPTH - first_step);
 
@@ -226,9 +224,7 @@ template <class T, class Tile, class Place, bool TRANSPOSED, class Kind> __devic
   float bias[E::IN_CHUNK] = {};
   if (p.biases[0] != 0 && p.splits == 1) {
     for (int e = 0; e < inside; ++e)
-      bias[e] = mixed_bias<T>(reinterpret_cast<const T *const *>(p.biases), p.bias_strides,
-                              reinterpret_cast<const float *>(p.recipe.coefficients), p.recipe.source_stride,
-                              p.recipe.channel_stride, sources, out_feature + e);
+      bias[e] = mixed_bias<T>(p, out_feature + e);
   }
 #pragma unroll
   for (int pass = 0; pass < Tile::ACROSS / 4; ++pass) {
@@ -290,9 +286,7 @@ template <class T, class Place> __device__ void reduce_product(const ProductRedu
     for (int split = 0; split < p.splits; ++split)
       sum += reinterpret_cast<const float *>(r.partial)[split * size + at];
     if (p.biases[0] != 0)
-      sum += mixed_bias<T>(reinterpret_cast<const T *const *>(p.biases), p.bias_strides,
-                           reinterpret_cast<const float *>(p.recipe.coefficients), p.recipe.source_stride,
-                           p.recipe.channel_stride, p.recipe.sources, feature);
+      sum += mixed_bias<T>(p, feature);
     reinterpret_cast<T *>(
         p.out)[Place::out_offset(p.geometry, p.out_strides, int(pixel)) + feature * p.out_strides[1]] = rounded<T>(sum);
   }

@@ -18,12 +18,10 @@ public:
 
   __device__ ResidentFilter(const Product &p, uint8_t *filter)
       : p_(p), filter_(filter), group_(blockIdx.y), sources_(Kind::IS_PAIR ? 2 : p.recipe.sources),
-        taps_(p.geometry.taps[0] * p.geometry.taps[1] * p.geometry.taps[2]),
-        of_tap_((p.channels + E::IN_CHUNK - 1) / E::IN_CHUNK) {
+        taps_(taps_of(p.geometry)), of_tap_((p.channels + E::IN_CHUNK - 1) / E::IN_CHUNK) {
     if constexpr (Kind::IS_PAIR) {
-      auto *coefficients = reinterpret_cast<const float *>(p.recipe.coefficients);
-      a_ = coefficients[0];
-      b_ = coefficients[p.recipe.source_stride];
+      a_ = coefficient(p.recipe, 0, 0);
+      b_ = coefficient(p.recipe, 1, 0);
     }
   }
 
@@ -64,8 +62,7 @@ private:
     if constexpr (Kind::IS_PAIR)
       return j == 0 ? a_ : b_;
     const int64_t at = TRANSPOSED ? int64_t(group_) * p_.channels + channel : int64_t(group_) * p_.features + feature;
-    return reinterpret_cast<const float *>(
-        p_.recipe.coefficients)[j * p_.recipe.source_stride + at * p_.recipe.channel_stride];
+    return coefficient(p_.recipe, j, at);
   }
 
   // A thread mixes 16 bytes of each source at a time: of IN_CHUNK channels of a feature and tap or, transposed,
@@ -225,10 +222,7 @@ template <class T, class Tile, bool TRANSPOSED, class Kind> __device__ void resi
       for (int half = 0; half < 2; ++half) {
         const int feature = warp_row + 16 * down + lane / 4 + 8 * half;
         if (feature < p.features)
-          bias[down][half] = mixed_bias<T>(reinterpret_cast<const T *const *>(p.biases), p.bias_strides,
-                                           reinterpret_cast<const float *>(p.recipe.coefficients),
-                                           p.recipe.source_stride, p.recipe.channel_stride,
-                                           Kind::IS_PAIR ? 2 : p.recipe.sources, int64_t(group) * p.features + feature);
+          bias[down][half] = mixed_bias<T>(p, int64_t(group) * p.features + feature);
       }
   }
   typename Tile::Sums sums = {};

@@ -61,23 +61,21 @@ template <class T, int TOKENS, bool TRANSPOSED, class Kind> __device__ void smal
         reinterpret_cast<const T *>(p.activation) + min(8 * across + lane / 4, p.pixels - 1) * p.activation_strides[0];
 
   // Coefficients: of all, or of a lane's rows; those of dgrad differ along the sum.
-  auto *coefficients = reinterpret_cast<const float *>(p.recipe.coefficients);
   float factors[MOST_SOURCES][Kind::IS_PAIR || TRANSPOSED ? 1 : Tile::ROWS];
 #pragma unroll
   for (int j = 0; j < (Kind::IS_PAIR ? 2 : MOST_SOURCES); ++j) {
     if constexpr (Kind::IS_PAIR) {
-      factors[j][0] = coefficients[j * p.recipe.source_stride];
+      factors[j][0] = coefficient(p.recipe, j, 0);
     } else if constexpr (!TRANSPOSED) {
 #pragma unroll
       for (int i = 0; i < Tile::ROWS; ++i)
         if (j < sources)
-          factors[j][i] =
-              coefficients[j * p.recipe.source_stride + min(feature + 8 * i, p.features - 1) * p.recipe.channel_stride];
+          factors[j][i] = coefficient(p.recipe, j, min(feature + 8 * i, p.features - 1));
     }
   }
   auto factor = [&](int j, int i, int k) {
     if constexpr (!Kind::IS_PAIR && TRANSPOSED)
-      return coefficients[j * p.recipe.source_stride + min(k, depth - 1) * p.recipe.channel_stride];
+      return coefficient(p.recipe, j, min(k, depth - 1));
     else
       return factors[j][Kind::IS_PAIR ? 0 : i];
   };
@@ -231,8 +229,7 @@ template <class T, int TOKENS, bool TRANSPOSED, class Kind> __device__ void smal
       continue;
     }
     if (p.biases[0] != 0)
-      sum += mixed_bias<T>(reinterpret_cast<const T *const *>(p.biases), p.bias_strides, coefficients,
-                           p.recipe.source_stride, p.recipe.channel_stride, sources, out_feature);
+      sum += mixed_bias<T>(p, out_feature);
     reinterpret_cast<T *>(p.out)[token * p.out_strides[0] + out_feature * p.out_strides[1]] = rounded<T>(sum);
   }
 }

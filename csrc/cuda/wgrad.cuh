@@ -20,7 +20,7 @@ public:
   __device__ Finish(const Wgrad &p, int group, int first_row, int first_column, int part, int parts)
       : p_(p), group_(group), first_row_(first_row), part_(part), parts_(parts) {
     column_ = first_column + int(threadIdx.x) % CHUNKS * E::IN_CHUNK;
-    inside_ = min(p.channels * p.geometry.taps[0] * p.geometry.taps[1] * p.geometry.taps[2] - column_, E::IN_CHUNK);
+    inside_ = min(p.channels * taps_of(p.geometry) - column_, E::IN_CHUNK);
   }
 
   // g: the thread's chunk of a row of the tile. All lanes of a warp have to come here together.
@@ -33,8 +33,7 @@ public:
       if (j >= p_.recipe.sources)
         break;
       if (p_.gradients[j] != 0 && exists && inside_ > 0) {
-        const float factor = reinterpret_cast<const float *>(
-            p_.recipe.coefficients)[j * p_.recipe.source_stride + channel * p_.recipe.channel_stride];
+        const float factor = coefficient(p_.recipe, j, channel);
         if (p_.wide >> j & 1)
           store<float>(j, feature, factor, g);
         else
@@ -145,8 +144,7 @@ template <class Tile> struct Tiles {
   int rows, columns;
   __device__ explicit Tiles(const Wgrad &p) {
     rows = (p.features + Tile::ROWS - 1) / Tile::ROWS;
-    columns =
-        (p.channels * p.geometry.taps[0] * p.geometry.taps[1] * p.geometry.taps[2] + Tile::COLUMNS - 1) / Tile::COLUMNS;
+    columns = (p.channels * taps_of(p.geometry) + Tile::COLUMNS - 1) / Tile::COLUMNS;
   }
 };
 
@@ -181,7 +179,7 @@ template <class T, class Tile, class Place> __device__ void wgrad(const Wgrad &p
   const int warp_row = warp / Tile::WARPS_OVER_COLUMNS * Tile::WARP_ROWS;
   const int warp_column = warp % Tile::WARPS_OVER_COLUMNS * Tile::WARP_COLUMNS;
   const Geometry &g = p.geometry;
-  const int columns = p.channels * g.taps[0] * g.taps[1] * g.taps[2];
+  const int columns = p.channels * taps_of(g);
   const int first_step = split * p.steps;
   const int steps = min(p.steps, (p.pixels + E::TILE_DEPTH - 1) / E::TILE_DEPTH - first_step);
 
@@ -291,7 +289,7 @@ template <class T, class Tile, class Place> __device__ void reduce_wgrad(const W
   using Finishing = Finish<T, Tile, Place>;
   const Tiles<Tile> tiles(p);
   const int2 tile = tile_of(blockIdx.x, tiles.rows, tiles.columns);
-  const int columns = p.channels * p.geometry.taps[0] * p.geometry.taps[1] * p.geometry.taps[2];
+  const int columns = p.channels * taps_of(p.geometry);
   const int column = tile.y * Tile::COLUMNS + int(threadIdx.x) % Finishing::CHUNKS * E::IN_CHUNK;
   const int64_t channels = int64_t(p.groups) * p.features;
   Finishing finish = finish_of<T, Tile, Place>(p, tile, tiles);

@@ -11,6 +11,8 @@ from rl_kernels.backends.heuristics import Config, Device, Work, shared_bytes
 STEP_BYTES = 64
 """Of a row along the sum, that a stage of the pipelines holds."""
 STAGES = (4, 3, 2)
+WARP_ROWS = 32
+"""Of a tile, in every configuration; what is left of the warps divides its columns."""
 NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "tf32"}
 """Of types, in the names of kernels."""
 

@@ -180,5 +180,5 @@ def _stage_bytes(config: Config, sources: int) -> int:
 
 def _staged_bytes(config: Config) -> int:
     """Of the epilogue: 32 columns of each warp beside another, in float32."""
-    beside = {8: 2, 4: 1 if config.rows == 128 else 2}[config.warps]
+    beside = config.warps // (config.rows // configs.WARP_ROWS)
     return 4 * 32 * beside * (config.rows + 4)

@@ -61,17 +61,17 @@ def differentiate(
                 asked.biases[j].copy_(sums * recipe.coefficients[j])
     if asked.coefficients_mask:
         # Shares are added in float64, in their order.
-        total = torch.zeros_like(asked.coefficients, dtype=torch.float64) if dots is None else _sum(dots)
+        total = (
+            torch.zeros_like(asked.coefficients, dtype=torch.float64)
+            if dots is None
+            else dots.sum(1, dtype=torch.float64)
+        )
         if biases is not None and sums is not None:
             for j, bias in enumerate(biases):
                 terms = sums.double() * bias.double()
                 total[j] += terms if recipe.per_channel else terms.sum()
         asked.coefficients.copy_(total)
     return asked.outputs
-
-
-def _sum(dots: Tensor) -> Tensor:
-    return dots.sum(1, dtype=torch.float64)
 
 
 def _products(
@@ -146,5 +146,4 @@ def _products(
 
 def _staged_bytes(config: Config) -> int:
     """Of the epilogue: 16 rows of each warp above another, in float32."""
-    above = config.warps // 2
-    return 4 * 16 * above * (config.columns + 8)
+    return 4 * 16 * (config.rows // configs.WARP_ROWS) * (config.columns + 8)
