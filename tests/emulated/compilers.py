@@ -1,4 +1,4 @@
-"""nvcc, where there is one."""
+"""nvcc, and what it makes: without one nothing in this folder is collected."""
 
 from __future__ import annotations
 
@@ -14,18 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import pytest
 
-from building import cuda
-from building.steps import CannotBuild
-
-
-def find_nvcc() -> str:
-    """Its command; the test is skipped where there is none."""
-    try:
-        return cuda.find_nvcc()
-    except CannotBuild as error:
-        pytest.skip(str(error))
+from building.cuda import find_nvcc
 
 
 @functools.cache
@@ -54,9 +44,9 @@ def compiled_files(files: Mapping[str, str], main: str, arch: str, *flags: str) 
 
 
 def cutlass() -> str:
-    """The folder of CUTLASS's headers, of a package of Python's; the test is skipped where there is none."""
+    """The folder of CUTLASS's headers."""
     spec = importlib.util.find_spec("cutlass_library")
     for folder in (spec.submodule_search_locations if spec else None) or ():
         if (include := Path(folder) / "source" / "include").is_dir():
             return str(include)
-    pytest.skip("CUTLASS's headers were not found: they are in the package nvidia-cutlass")
+    raise FileNotFoundError("CUTLASS's headers, which the extra `emulated` brings (nvidia-cutlass)")
