@@ -197,6 +197,8 @@ bool read_geometry(PyObject *const *arguments, Call &call) {
       x[1] != weight[1] * geometry.groups)
     return false;
   for (int64_t d = 0; d < spatial; ++d) {
+    if (weight[d + 2] < 1)
+      return false;
     // As in functional.py: a dilated kernel of 1 is one of 1.
     if (weight[d + 2] == 1)
       geometry.dilation[d] = 1;
@@ -236,22 +238,25 @@ struct Saved {
   bool has_biases;
   Geometry geometry;
   std::vector<int64_t> input_size;
+  at::MemoryFormat format; // of a convolution's output
 
   static Saved of(const Call &call) {
-    return {static_cast<int64_t>(call.weights.size()), call.biases.has_value(), call.geometry, call.x.sizes().vec()};
+    return {static_cast<int64_t>(call.weights.size()), call.biases.has_value(), call.geometry, call.x.sizes().vec(),
+            call.conv() ? memory_format(call.x, call.weights) : at::MemoryFormat::Contiguous};
   }
 
   explicit operator std::vector<int64_t>() const {
-    std::vector<int64_t> list{sources, has_biases, geometry.groups, static_cast<int64_t>(geometry.stride.size())};
+    std::vector<int64_t> list{sources, has_biases, geometry.groups, static_cast<int64_t>(geometry.stride.size()),
+                              static_cast<int64_t>(format)};
     for (const auto *part : {&geometry.stride, &geometry.padding, &geometry.dilation, &input_size})
       list.insert(list.end(), part->begin(), part->end());
     return list;
   }
 
   static Saved from(const std::vector<int64_t> &list) {
-    auto next = list.begin() + 4;
+    auto next = list.begin() + 5;
     const auto take = [&](int64_t count) { return std::vector<int64_t>(std::exchange(next, next + count), next); };
-    Saved saved{list[0], list[1] != 0, {}, {}};
+    Saved saved{list[0], list[1] != 0, {}, {}, static_cast<at::MemoryFormat>(list[4])};
     saved.geometry = {take(list[3]), take(list[3]), take(list[3]), list[2]};
     saved.input_size = take(list.end() - next);
     return saved;
@@ -428,6 +433,10 @@ template <typename Kind> struct Mixed : torch::autograd::Function<Kind> {
     pass.weights.assign(tensors.begin() + 2, tensors.begin() + 2 + static_cast<int64_t>(n));
     if (m > 0)
       pass.biases.emplace(tensors.begin() + 2 + static_cast<int64_t>(n), tensors.end());
+    // As torch's own backward: gradients have the output's format, however dy comes (expanded, say). Not contiguous(),
+    // which leaves sizes of 1 as they are.
+    if (pass.conv() && memory_format(pass.dy, pass.weights) != saved.format)
+      pass.dy = pass.dy.clone(saved.format);
     for (size_t j = 0; j < n; ++j)
       pass.wanted.weights[j] = context->needs_input_grad(2 + j);
     for (size_t j = 0; j < m; ++j)

@@ -435,11 +435,11 @@ void finish_coefficients(const Recipe &sources, const Gradients &gradients, int6
   for (int j = 0; j < sources.sources; ++j) {
     double total = 0;
     for (int64_t o = 0; o < out; ++o)
-      if (sources.channel_stride != 0)
+      if (gradients.by_channel)
         to[j * out + o] = T(dots[j * out + o]);
       else
         total += dots[j * out + o];
-    if (sources.channel_stride == 0)
+    if (!gradients.by_channel)
       to[j] = T(total);
   }
 }
@@ -475,7 +475,7 @@ template <class S, class X> void linear_wgrad(const Linear &p, const Team &team)
   const Gradients &gradients = p.gradients;
   const X *x = static_cast<const X *>(p.x), *dy = static_cast<const X *>(p.dy);
   const bool needs_dots = gradients.coefficients != nullptr;
-  bool needs_product = needs_dots;
+  bool needs_product = needs_dots && p.n > 0 && p.k > 0; // nothing points to gradients without elements
   for (int j = 0; j < p.recipe.sources; ++j)
     needs_product |= gradients.weight[j] != nullptr;
   const int64_t stride = p.recipe.sources * p.n; // of dots, a block of columns

@@ -262,6 +262,7 @@ cpu::Gradients allocate(Gradients &outputs, const Tensors &weights, const at::Te
   }
   dcoefficients = wanted.coefficients ? at::empty(coefficients.sizes(), coefficients.options()) : nothing(coefficients);
   gradients.coefficients = wanted.coefficients ? dcoefficients.data_ptr() : nullptr;
+  gradients.by_channel = coefficients.dim() == 2;
   if (biases)
     for (size_t j = 0; j < biases->size(); ++j) {
       const auto &bias = (*biases)[j];
@@ -274,6 +275,11 @@ cpu::Gradients allocate(Gradients &outputs, const Tensors &weights, const at::Te
 size_t element_bytes(const cpu::Recipe &recipe) { return recipe.type == cpu::Type::float64 ? 8 : 4; }
 
 } // namespace
+
+at::MemoryFormat memory_format(const at::Tensor &activation, const Tensors &weights) {
+  const auto format = activation.suggest_memory_format();
+  return format != at::MemoryFormat::Contiguous ? format : weights[0].suggest_memory_format();
+}
 
 const char *refuses_linear(const at::Tensor &activation, const Tensors &weights) {
   return refuses(activation, weights);
@@ -406,12 +412,6 @@ std::vector<int64_t> output_size(const at::Tensor &x, const at::Tensor &weight, 
     sizes.push_back((x.size(2 + int64_t(d)) + 2 * geometry.padding[d] - extent) / geometry.stride[d] + 1);
   }
   return sizes;
-}
-
-// torch's rule: channels_last where the activation is, or the first source.
-at::MemoryFormat memory_format(const at::Tensor &activation, const Tensors &weights) {
-  const auto format = activation.suggest_memory_format();
-  return format != at::MemoryFormat::Contiguous ? format : weights[0].suggest_memory_format();
 }
 
 cpu::Conv describe_conv(const at::Tensor &activation, const at::Tensor &weight, const Geometry &geometry) {

@@ -40,6 +40,9 @@ const char *refuses_conv(const at::Tensor &activation, const Tensors &weights, c
 const char *slower_linear(const at::Tensor &activation, const Tensors &weights);
 const char *slower_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry);
 
+// Of a convolution's results. torch's rule: channels_last where the activation is, or the first source.
+at::MemoryFormat memory_format(const at::Tensor &activation, const Tensors &weights);
+
 at::Tensor mixed_linear(const at::Tensor &x, const Tensors &weights, const at::Tensor &coefficients,
                         const Biases &biases);
 at::Tensor mixed_linear_dgrad(const at::Tensor &dy, const Tensors &weights, const at::Tensor &coefficients);
