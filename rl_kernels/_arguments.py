@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rl_kernels import _ops
 from rl_kernels._recipe import accumulate_dtype
+from rl_kernels._sharding import as_distributed_as
 
 Coefficients = Tensor | Sequence[float | Tensor]
 
@@ -22,6 +23,7 @@ def as_coefficients(
     if isinstance(coefficients, Tensor):
         if not coefficients.dtype.is_floating_point:
             raise RuntimeError(f"{name}: got dtype {coefficients.dtype}, expected a floating-point dtype")
+        coefficients = as_distributed_as(sources[0], coefficients)
         return coefficients if coefficients.dtype == dtype else coefficients.to(dtype)
     if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
         raise TypeError(

@@ -5,8 +5,10 @@ everything that traces. A call takes the first of these ways that fits; the orde
 the later ones break:
 
 1. autocast is on: cast the activation as torch's own layers do, and re-enter with autocast off;
-2. a functorch transform or forward-mode AD is active, or an argument is a tensor subclass: the recipe in plain aten,
-   which torch can differentiate, batch and shard in every way it knows (this one materialises the mixed weight);
+2. a functorch transform or forward-mode AD is active, or an argument is a tensor subclass or batched: the recipe in
+   plain aten, which torch can differentiate, batch and shard in every way it knows (this one materialises the mixed
+   weight); so do the registered ops themselves, where a captured graph is transformed; but a linear layer of
+   DTensors that are sharded in a common way calls the ops on its local shards (``_sharding.py``);
 3. compiling, exporting or tracing, or a dispatch mode is active: the registered op, one node for every observer;
 4. otherwise the lean ``Function``.
 
@@ -25,12 +27,14 @@ The set of ops is closed under differentiation. With ``W`` the recipe over ``wei
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as aten
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -39,13 +43,14 @@ from torch.autograd.function import Function
 from rl_kernels import _ops
 from rl_kernels._accumulation import places
 from rl_kernels._extension import EXTENSION, mixed_conv_call, mixed_linear_call, without_fast_path
-from rl_kernels._recipe import accumulate_dtype, mix
+from rl_kernels._recipe import accumulate_dtype, factors, mix
+from rl_kernels._sharding import are_distributed, linear_on_shards
 
 Gradients = Sequence[Tensor | None]
 
 
 class Family(NamedTuple):
-    """The three ops of one kind of layer, wgrad also in place, and its forward in plain aten."""
+    """The three ops of one kind of layer, wgrad also in place, and the same in plain aten."""
 
     forward: Any
     dgrad: Any
@@ -56,6 +61,10 @@ class Family(NamedTuple):
     fast: Callable[..., Tensor | None]
     """The forward's fast path; None where it declines."""
     composite: Callable[..., Tensor]
+    composite_dgrad: Callable[..., Tensor]
+    """Of ``dy``, the mixed weight, the input's size and the geometry."""
+    composite_wgrad: Callable[..., Tensor]
+    """The gradient of the mixed weight, of ``dy``, ``x``, a tensor shaped as it and the geometry."""
     channel_dim: int
     """Where the output has its channels."""
     dgrad_takes_input_size: bool
@@ -66,6 +75,14 @@ def _linear_composite(
 ) -> Tensor:
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
     return aten.linear(x, mix(weights, coefficients, x.dtype), bias)
+
+
+def _linear_composite_dgrad(dy: Tensor, weight: Tensor, input_size: Sequence[int]) -> Tensor:
+    return dy @ weight
+
+
+def _linear_composite_wgrad(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    return _ops.as_rows(dy).t() @ _ops.as_rows(x)
 
 
 def _conv_composite(
@@ -81,6 +98,32 @@ def _conv_composite(
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
     convolution = (aten.conv1d, aten.conv2d, aten.conv3d)[len(stride) - 1]
     return convolution(x, mix(weights, coefficients, x.dtype), bias, stride, padding, dilation, groups)
+
+
+def _conv_composite_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    x, rest = dy.new_empty(tuple(input_size)), (False, [0] * len(stride), groups, [True, False, False])
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, stride, padding, dilation, *rest)[0]
+
+
+def _conv_composite_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    like: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    rest = (False, [0] * len(stride), groups, [False, True, False])
+    return torch.ops.aten.convolution_backward(dy, x, like, None, stride, padding, dilation, *rest)[1]
 
 
 def _fast_conv(
@@ -102,6 +145,8 @@ LINEAR = Family(
     _ops.check_mixed_linear,
     mixed_linear_call,
     _linear_composite,
+    _linear_composite_dgrad,
+    _linear_composite_wgrad,
     channel_dim=-1,
     dgrad_takes_input_size=False,
 )
@@ -113,6 +158,8 @@ CONV = Family(
     _ops.check_mixed_conv,
     _fast_conv,
     _conv_composite,
+    _conv_composite_dgrad,
+    _conv_composite_wgrad,
     channel_dim=1,
     dgrad_takes_input_size=True,
 )
@@ -142,10 +189,16 @@ def plain_torch() -> Iterator[None]:
         _plain_torch = previous
 
 
+def _is_transformed() -> bool:
+    return _functorch_is_active() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def _needs_composite(tensors: Sequence[Tensor]) -> bool:
-    if _plain_torch or _functorch_is_active() or getattr(forward_ad, "_current_level", -1) >= 0:
+    if _plain_torch or _is_transformed():
         return True
-    return any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
+    if any(type(tensor) not in _PLAIN_TYPES for tensor in tensors):
+        return True
+    return not torch.compiler.is_compiling() and any(_is_batched(t) or _is_legacy_batched(t) for t in tensors)
 
 
 def _is_observed(tensor: Tensor) -> bool:
@@ -178,12 +231,18 @@ def mixed_forward(
             return mixed_forward(family, *_autocast(dtype, x, weights, biases, coefficients), geometry)
     if _needs_composite((x, coefficients, *weights, *(biases or ()))):
         family.check(x, weights, coefficients, biases, *geometry)
+        if are_distributed(x, weights, coefficients, biases) and family is LINEAR:
+            local = functools.partial(mixed_forward, LINEAR)
+            if (y := linear_on_shards(local, x, weights, coefficients, biases)) is not None:
+                return y
         return family.composite(x, weights, coefficients, biases, *geometry)
     if _is_observed(x):
         return family.forward(x, weights, coefficients, biases, *geometry)
+    if biases is not None and any(bias.is_neg() for bias in biases):
+        biases = [bias.resolve_neg() for bias in biases]  # An op's dispatch sees lazy negation, but not in Tensor[]?.
     if torch.is_grad_enabled() and _requires_grad(x, coefficients, weights, biases):
         return _Forward.apply(family, geometry, len(weights), x, coefficients, *weights, *(biases or ()))
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return family.forward(x, weights, coefficients, biases, *geometry)
 
 
@@ -222,6 +281,8 @@ def _dgrad(
     input_size: Sequence[int],
     geometry: tuple[Any, ...],
 ) -> Tensor:
+    if _needs_composite((dy, coefficients, *weights)):
+        return family.composite_dgrad(dy, mix(weights, coefficients, dy.dtype), input_size, *geometry)
     if family.dgrad_takes_input_size:
         geometry = (list(input_size), *geometry)
     if _is_observed(dy):
@@ -254,6 +315,8 @@ def _wgrad(
     n = len(weights)
     if not (any(masks.weights) or masks.coefficients or any(masks.biases)):
         return [None] * n, None, [None] * len(masks.biases)
+    if _needs_composite((dy, x, coefficients, *weights, *(biases or ()))):
+        return _composite_wgrad(family, dy, x, weights, coefficients, biases, masks, geometry)
     if _is_observed(dy):
         dweights, dcoefficients, dbiases = family.wgrad(dy, x, weights, coefficients, biases, *masks, *geometry)
     elif torch.is_grad_enabled() and _requires_grad(dy, x, coefficients, weights, biases):
@@ -270,6 +333,34 @@ def _wgrad(
         dcoefficients if masks.coefficients else None,
         [g if wanted else None for g, wanted in zip(dbiases, masks.biases, strict=True)],
     )
+
+
+def _composite_wgrad(
+    family: Family,
+    dy: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Tensor,
+    biases: Sequence[Tensor] | None,
+    masks: Masks,
+    geometry: tuple[Any, ...],
+) -> tuple[Gradients, Tensor | None, Gradients]:
+    compute = accumulate_dtype(weights[0].dtype)
+    dbiases = _bias_gradients(family, dy, coefficients, biases, masks.biases)
+    if not (any(masks.weights) or masks.coefficients):
+        return [None] * len(weights), None, dbiases
+    g = family.composite_wgrad(dy.to(compute), x.to(compute), weights[0].to(compute), *geometry)
+    dweights = [
+        (factor * g).to(weight.dtype) if wanted else None
+        for factor, weight, wanted in zip(factors(coefficients, g.dim()), weights, masks.weights, strict=True)
+    ]
+    if not masks.coefficients:
+        return dweights, None, dbiases
+    rows = torch.stack([(g * weight).sum(list(range(1, g.dim()))) for weight in weights])
+    if biases is not None:
+        total = _sum_to_channels(family, dy, compute)
+        rows = rows + torch.stack([total * bias for bias in biases])
+    return dweights, rows if coefficients.dim() == 2 else rows.sum(1), dbiases
 
 
 # The formulas.
@@ -293,10 +384,15 @@ def _forward_gradients(
     needs_x: bool,
     masks: Masks,
     geometry: tuple[Any, ...],
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor | None, Gradients, Tensor | None, Gradients]:
-    """Gradients of a forward. ``x`` may be None where neither the weights nor the coefficients need one."""
-    if _is_batched(dy) or _is_legacy_batched(dy) or _needs_composite((dy,)):
-        return _composite_gradients(family, dy, x, weights, coefficients, biases, input_size, needs_x, masks, geometry)
+    """Gradients of a forward. ``x`` may be None where neither the weights nor the coefficients need one.
+
+    ``memory_format`` is that of a convolution's output, and so of its gradients, however dy comes (expanded, say).
+    """
+    asked = None if _needs_composite((dy,)) else memory_format
+    if asked is not None and _ops.conv_memory_format(dy, weights) != asked:
+        dy = dy.clone(memory_format=asked)  # Not contiguous(), which leaves sizes of 1 as they are.
     dx = _dgrad(family, dy, weights, coefficients, input_size, geometry) if needs_x else None
     if x is None:
         dweights: Gradients = [None] * len(weights)
@@ -314,34 +410,6 @@ def _bias_gradients(
         (coefficients[j] * total).to(bias.dtype) if wanted else None
         for j, (bias, wanted) in enumerate(zip(biases, mask, strict=True))
     ]
-
-
-def _composite_gradients(
-    family: Family,
-    dy: Tensor,
-    x: Tensor | None,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    input_size: Sequence[int],
-    needs_x: bool,
-    masks: Masks,
-    geometry: tuple[Any, ...],
-) -> tuple[Tensor | None, Gradients, Tensor | None, Gradients]:
-    """The same gradients through aten, for a ``dy`` that only aten understands (batched gradients)."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if x is None or (needs_x and not x.requires_grad):
-            # The forward is linear in x: its gradient by x does not depend on the value.
-            x = weights[0].new_zeros((), dtype=dy.dtype).expand(tuple(input_size)).detach().requires_grad_(needs_x)
-        y = family.composite(x, weights, coefficients, biases, *geometry)
-        wanted = [needs_x, *masks.weights, masks.coefficients, *masks.biases]
-        inputs = [x, *weights, coefficients, *(biases or ())]
-        asked = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
-        found = iter(torch.autograd.grad(y, asked, dy, create_graph=create_graph))
-    flat = [next(found) if want else None for want in wanted]
-    n = len(weights)
-    return flat[0], flat[1 : n + 1], flat[n + 1], flat[n + 2 :]
 
 
 def _gradients_for_extension(
@@ -404,15 +472,15 @@ def _wgrad_gradients(
     n = len(weights)
     given = [j for j in range(n) if by_weight[j] is not None]
     sources = [u for u in by_weight if u is not None]
-    factors = [coefficients[j] for j in given]
+    rows = [coefficients[j] for j in given]
     if by_coefficient is not None:
         sources += weights
-        factors += list(by_coefficient)
+        rows += list(by_coefficient)
     d_dy = d_x = d_coefficients = None
     d_weights: list[Tensor | None] = [None] * n
     d_biases: list[Tensor | None] = [None] * len(masks.biases)
     if sources:
-        mixed = torch.stack(factors)
+        mixed = torch.stack(rows)
         if needs_dy:
             d_dy = mixed_forward(family, x, sources, mixed, None, geometry)
         if needs_x:
@@ -425,8 +493,8 @@ def _wgrad_gradients(
             d_weights = list(dsources[len(given) :])
         if dmixed is not None:
             zero = torch.zeros_like(coefficients[0])
-            rows = dict(zip(given, dmixed.unbind(), strict=False))
-            d_coefficients = torch.stack([rows.get(j, zero) for j in range(n)])
+            found = dict(zip(given, dmixed.unbind(), strict=False))
+            d_coefficients = torch.stack([found.get(j, zero) for j in range(n)])
     if biases is not None and (by_coefficient is not None or any(v is not None for v in by_bias)):
         d_dy, d_coefficients, d_biases = _bias_terms(
             family, by_coefficient, by_bias, dy, coefficients, biases, needs_dy, masks, d_dy, d_coefficients
@@ -482,8 +550,9 @@ class _Forward(Function):
         needs_weights = any(ctx.needs_input_grad[4 : 5 + n])
         ctx.save_for_backward(x if needs_weights else None, coefficients, *sources)
         ctx.family, ctx.geometry, ctx.n, ctx.input_size = family, geometry, n, x.shape
+        ctx.memory_format = _ops.conv_memory_format(x, weights) if family is CONV else None
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return family.forward(x, weights, coefficients, biases, *geometry)
 
     @staticmethod
@@ -505,6 +574,7 @@ class _Forward(Function):
             needs_x,
             masks,
             ctx.geometry,
+            ctx.memory_format,
         )
         return None, None, None, dx, dcoefficients, *dweights, *dbiases
 
@@ -590,8 +660,9 @@ def _register(family: Family) -> None:
         weights, biases = sources[: ctx.n], sources[ctx.n :] if ctx.has_biases else None
         needs_x, needs_weights, needs_coefficients, needs_biases, *_ = ctx.needs_input_grad
         masks = Masks(list(needs_weights), needs_coefficients, _listed(needs_biases, biases))
+        memory_format = _ops.conv_memory_format(x, weights) if family is CONV else None
         dx, dweights, dcoefficients, dbiases = _forward_gradients(
-            family, dy, x, weights, coefficients, biases, x.shape, needs_x, masks, ctx.geometry
+            family, dy, x, weights, coefficients, biases, x.shape, needs_x, masks, ctx.geometry, memory_format
         )
         rest = (None,) * len(ctx.geometry)
         return dx, list(dweights), dcoefficients, list(dbiases) if ctx.has_biases else None, *rest
@@ -642,12 +713,54 @@ def _register(family: Family) -> None:
             *rest,
         )
 
-    for op, backward, setup_context in (
-        (family.forward, forward_backward, save_forward),
-        (family.dgrad, dgrad_backward, save_dgrad),
-        (family.wgrad, wgrad_backward, save_wgrad),
-    ):
-        torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_ops.LIBRARY)
+    def composite_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tensor, *geometry: Any) -> Tensor:
+        input_size = geometry[0] if family.dgrad_takes_input_size else ()
+        rest = geometry[1:] if family.dgrad_takes_input_size else geometry
+        return family.composite_dgrad(dy, mix(weights, coefficients, dy.dtype), input_size, *rest)
+
+    def composite_wgrad(
+        dy: Tensor,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        coefficients: Tensor,
+        biases: Sequence[Tensor] | None,
+        weights_mask: list[bool],
+        coefficients_mask: bool,
+        biases_mask: list[bool],
+        *geometry: Any,
+    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        masks = Masks(weights_mask, coefficients_mask, biases_mask)
+        found = _composite_wgrad(family, dy, x, weights, coefficients, biases, masks, geometry)
+        dweights, dcoefficients, dbiases = found
+        return (
+            [w.new_empty(0) if g is None else g for w, g in zip(weights, dweights, strict=True)],
+            coefficients.new_empty(0) if dcoefficients is None else dcoefficients,
+            [b.new_empty(0) if g is None else g for b, g in zip(biases or (), dbiases, strict=True)],
+        )
+
+    _register_op(family.forward, forward_backward, save_forward, family.composite)
+    _register_op(family.dgrad, dgrad_backward, save_dgrad, composite_dgrad)
+    _register_op(family.wgrad, wgrad_backward, save_wgrad, composite_wgrad)
+
+
+def _register_op(
+    op: Any, backward: Callable[..., Any], setup_context: Callable[..., None], composite: Callable[..., Any]
+) -> None:
+    """As ``torch.library.register_autograd``, which loses the tangents of forward-mode AD without a word.
+
+    A graph that was captured holds the op: what transforms it gets ``composite`` here.
+    """
+    formula = make_autograd_impl(op, Info(backward, setup_context))
+    check = _ops.CHECKS[op._opname]
+
+    def run(keyset: Any, *arguments: Any) -> Any:
+        if not _is_transformed():
+            return formula(keyset, *arguments)
+        check(*arguments)
+        return composite(*arguments)
+
+    _ops.LIBRARY.impl(op, run, "Autograd", with_keyset=True)
+    _ops.LIBRARY.impl(op, composite, "FuncTorchBatched")
 
 
 _register(LINEAR)

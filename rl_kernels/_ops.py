@@ -62,6 +62,11 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout not in (torch.strided, torch.jagged):
+        raise RuntimeError(f"{name}: got layout {tensor.layout}, expected {torch.strided}: a dense tensor")
+
+
 def check_sources(name: str, sources: Sequence[Tensor]) -> None:
     """Raise unless ``sources`` are one or more floating-point tensors of one shape, dtype and device."""
     if len(sources) == 0:
@@ -72,6 +77,7 @@ def check_sources(name: str, sources: Sequence[Tensor]) -> None:
             raise TypeError(f"{name}[{j}]: got {type(source).__name__}, expected a tensor")
         if not source.dtype.is_floating_point:
             raise RuntimeError(f"{name}[{j}]: got dtype {source.dtype}, expected a floating-point dtype")
+        _check_layout(f"{name}[{j}]", source)
         if source.shape != first.shape:
             raise RuntimeError(f"{name}[{j}]: got shape {_shape(source)}, expected {_shape(first)} as {name}[0]")
         if source.dtype != first.dtype:
@@ -84,6 +90,7 @@ def check_coefficients(coefficients: Tensor, n: int, out: int, device: torch.dev
     """Raise unless ``coefficients`` are ``(n,)`` or ``(n, out)`` in the dtype in which sources of ``dtype`` mix."""
     if not isinstance(coefficients, Tensor):
         raise TypeError(f"coefficients: got {type(coefficients).__name__}, expected a tensor")
+    _check_layout("coefficients", coefficients)
     if coefficients.shape != (n,) and coefficients.shape != (n, out):
         raise RuntimeError(
             f"coefficients: got shape {_shape(coefficients)}, expected ({n},) or ({n}, {out}) for {n} sources with "
@@ -120,6 +127,7 @@ def _check_recipe(weights: Sequence[Tensor], coefficients: Tensor, biases: Seque
 def _check_input(name: str, x: Tensor, weight: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
+    _check_layout(name, x)
     halved = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
     if x.dtype != weight.dtype and not halved:
         raise RuntimeError(f"{name}: got dtype {x.dtype}, expected {weight.dtype} as weights[0]")
@@ -207,6 +215,8 @@ def _check_geometry(
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(values) != spatial or any(value < least for value in values):
             raise RuntimeError(f"{name}: got {list(values)}, expected {spatial} integers of {least} or more")
+    if any(size < 1 for size in weight.shape[2:]):
+        raise RuntimeError(f"weights[0]: got shape {_shape(weight)}, expected a kernel of 1 or more in each dimension")
     if groups < 1:
         raise RuntimeError(f"groups: got {groups}, expected 1 or more")
     if weight.shape[0] % groups != 0:

@@ -17,9 +17,13 @@ from rl_kernels._recipe import accumulate_dtype, factors, mix
 
 def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None) -> Tensor:
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
-    # torch chooses the product for a strided x by whether the weight requires a gradient, and rounds accordingly.
-    weight = mix(weights, coefficients, x.dtype).detach().requires_grad_(weights[0].requires_grad)
-    return aten.linear(x, weight, bias).contiguous()
+    weight = mix(weights, coefficients, x.dtype)
+    if bias is not None and (x.dim() == 2 or (x.dim() == 3 and x.is_contiguous())):
+        return aten.linear(x, weight, bias)
+    # As aten.linear goes on, which chooses the product for a strided x by whether the weight requires a gradient, and
+    # rounds accordingly.
+    y = x @ weight.detach().t().requires_grad_(weights[0].requires_grad)
+    return (y if bias is None else y + bias).contiguous()
 
 
 def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -56,7 +60,12 @@ def mixed_conv(
 ) -> Tensor:
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
     weight = mix(weights, coefficients, x.dtype)
-    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    if x.numel() == 0 or weight.numel() == 0:  # torch's own convolution gives wrong shapes, or refuses.
+        spatial = _ops.conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+        y = x.new_zeros(x.shape[0], weight.shape[0], *spatial)
+        y = y if bias is None else y + bias.view(-1, *(1,) * len(spatial))
+    else:
+        y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
     return y.contiguous(memory_format=_ops.conv_memory_format(x, weights))
 
 
@@ -72,6 +81,8 @@ def mixed_conv_dgrad(
 ) -> Tensor:
     weight = mix(weights, coefficients, dy.dtype)
     x = dy.new_empty(tuple(input_size))
+    if dy.numel() == 0 or x.numel() == 0 or weight.numel() == 0:
+        return x.zero_().contiguous(memory_format=_ops.conv_memory_format(dy, weights))
     dx, _, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [True, False, False]
     )
@@ -93,19 +104,22 @@ def mixed_conv_wgrad(
     groups: int,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     compute = accumulate_dtype(weights[0].dtype)
-    _, g, _ = torch.ops.aten.convolution_backward(
-        dy.to(compute),
-        x.to(compute),
-        weights[0].to(compute),
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        groups,
-        [False, True, False],
-    )
+    if dy.numel() == 0 or x.numel() == 0 or weights[0].numel() == 0:
+        g = torch.zeros_like(weights[0], dtype=compute)
+    else:
+        _, g, _ = torch.ops.aten.convolution_backward(
+            dy.to(compute),
+            x.to(compute),
+            weights[0].to(compute),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            [False, True, False],
+        )
     total = dy.sum([0, *range(2, dy.dim())], dtype=compute)
     masks = (weights_mask, coefficients_mask, biases_mask)
     g = g.contiguous(memory_format=_ops.conv_memory_format(x, weights))

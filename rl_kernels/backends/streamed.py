@@ -277,7 +277,7 @@ def mixed_conv_dgrad(
     def empty() -> Tensor:
         return torch.empty(tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
 
-    if weights[0].numel() == 0 or dy.numel() == 0:
+    if weights[0].numel() == 0 or dy.numel() == 0 or math.prod(input_size) == 0:
         return empty().zero_()
     out_group = out_channels // groups
     filter_elements = weights[0][:out_group, 0].numel()
