@@ -9,6 +9,9 @@ except ImportError as error:
 
 __version__ = "0.1.0"  # which the backends read
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from rl_kernels import functional, nn
 from rl_kernels._accumulation import accumulate_into_grad
 from rl_kernels.backends import backends
@@ -27,3 +30,9 @@ __all__ = [
     "use_backend",
     "accumulate_into_grad",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "distributed":  # Importing torch's own takes seconds.
+        return _import_module("rl_kernels.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
