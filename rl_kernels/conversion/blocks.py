@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from rl_kernels import nn as replacements
 from rl_kernels.nn import ReplacementLayer
+from rl_kernels.nn.sources import full_name, has_adapters
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -118,6 +119,10 @@ def parts(module: nn.Module, inside: tuple[nn.Module, ...] = ()) -> Iterator[Par
 
 def _parts(module: nn.Module, path: str, inside: tuple[nn.Module, ...]) -> Iterator[Part]:
     source, name = torch_class(module), class_of(module).__name__
+    if has_adapters(module):
+        # Mixed one by one, the weight and the adapters around it would give another sum than their sums mixed.
+        yield Part(path, module, None, inside, name, count(module), f"it has adapters ({full_name(module)})")
+        return
     if source is not None:
         if (size := count(module)) > 0:
             yield Part(path, module, _kinds()[source], inside, name, size, why_own(module, source))

@@ -55,8 +55,11 @@ def replace(model: Model, plan: Plan) -> Model:
     blocks = [[_find(model, block, layer, sharing) for layer in block.layers] for block in plan.replaced]
     _check_apart(blocks)
     made = {path: layer for places in blocks for path, layer in _make(places, plan.options)}
+    source_paths = {place.path: place.source_paths for places in blocks for place in places}
     for path, layer in made.items():
         model.set_submodule(path, layer)
+        steps = [source.rpartition(".") for source in source_paths[path]]
+        layer.place_sources(*((model.get_submodule(parent), name) for parent, _, name in steps))
     fast_path.switch_off(model)
     return model
 
@@ -69,6 +72,7 @@ class _Place:
     kind: type[ReplacementLayer]
     own: nn.Module
     sources: tuple[nn.Module, ...]
+    source_paths: tuple[str, ...]
 
 
 def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: Sharing) -> _Place:
@@ -97,7 +101,7 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
         raise ValueError(f"model: got shared parameters ({elsewhere}), expected those of replaced layers used once")
     if any(getattr(module, hooks, None) for module in own.modules() for hooks in _HOOKS):
         raise ValueError(f"model: got hooks at {path}, which would be lost; expected them to be registered afterwards")
-    return _Place(path, kind, own, sources)
+    return _Place(path, kind, own, sources, tuple(source_paths))
 
 
 def _layer(model: nn.Module, path: str) -> nn.Module:

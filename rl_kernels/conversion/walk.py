@@ -35,6 +35,7 @@ from rl_kernels.conversion.records import (
     Stage,
 )
 from rl_kernels.conversion.targets import Targets
+from rl_kernels.nn.sources import full_name, has_adapters
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def _difference(part: Part, block: Block, neighbour: Block) -> str:
         found = neighbour.module.get_submodule(part.path)
     except AttributeError:
         return f"{neighbour.path} has no {part.path}"
+    if has_adapters(found):
+        return f"{path} has adapters ({full_name(found)})"
     if torch_class(found) is not torch_class(part.module):
         return f"{path} is {class_of(found).__name__}, {join(block.path, part.path)} {part.class_name}"
     source = torch_class(found)

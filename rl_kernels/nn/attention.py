@@ -10,7 +10,7 @@ import torch.nn.functional as aten
 from torch import Tensor, nn
 
 from rl_kernels import functional as F
-from rl_kernels.nn.sources import ReplacementLayer
+from rl_kernels.nn.sources import ReplacementLayer, parameter_of
 
 IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -99,10 +99,10 @@ class ReplacementMultiheadAttention(ReplacementLayer):
         """As ``ReplacementLayer``'s; ``name`` may lead through a submodule."""
         *path, last = name.split(".")
         tensors: list[Any] = []
-        for j, source in enumerate(self._sources):
+        for j, source in enumerate(self._seen()):
             for step in path:
                 source = getattr(source, step)
-            tensor = getattr(source, last)
+            tensor = parameter_of(source, last)
             tensors.append(tensor.detach() if tensor is not None and j in self.detach else tensor)
         return None if tensors[0] is None else tensors
 

@@ -310,6 +310,61 @@ def test_rebind_to_what_does_not_fit(sources: Any, error: type[Exception], messa
     assert model.middle.sources == (model.first, model.last)
 
 
+# What is put around a source.
+
+
+class Adapted(nn.Module):
+    """A wrapper by the protocol of peft's: a layer whose weight it may have merged its own into, or not use at all."""
+
+    adapter_layer_names = ("adapter",)
+
+    def __init__(self, base_layer: nn.Module, merged: bool = False, disable_adapters: bool = False):
+        super().__init__()
+        self.base_layer, self.adapter = base_layer, nn.Linear(4, 4)
+        self.merged, self.disable_adapters = merged, disable_adapters
+
+
+def placed() -> Chain:
+    """A chain whose layer knows where its sources stand, as ``replace`` leaves it."""
+    model = Chain()
+    model.middle.place_sources((model, "first"), (model, "last"))
+    return model
+
+
+@pytest.mark.parametrize(("merged", "disabled"), [(False, False), (True, True)])
+@pytest.mark.parametrize("name", ["first", "last"])
+def test_adapters_around_a_source_are_refused(name: str, merged: bool, disabled: bool) -> None:
+    """Neither merged nor disabled, or merged and about to be taken out again: the mix would leave them out."""
+    model = placed()
+    setattr(model, name, Adapted(getattr(model, name), merged, disabled))
+    message = rf"^sources: got a Linear \({name} of Chain\) with adapters \(tests\.nn\.test_sources\.Adapted\), "
+    for layer in (model.middle, copy.deepcopy(model).middle):
+        for use in (lambda layer=layer: layer(torch.randn(2, 4)), lambda layer=layer: layer.bias, layer.merged):
+            with pytest.raises(RuntimeError, match=message):
+                use()
+
+
+@pytest.mark.parametrize(("merged", "disabled"), [(True, False), (False, True)])
+def test_adapters_that_are_merged_or_disabled_leave_a_source_as_it_is(merged: bool, disabled: bool) -> None:
+    model, x = placed(), torch.randn(2, 4)
+    expected = model.middle(x)
+    model.first = Adapted(model.first, merged, disabled)
+    torch.testing.assert_close(model.middle(x), expected)
+
+
+def test_a_source_that_was_rebound_is_looked_for_no_more() -> None:
+    """Where it stood before is not where the new one stands."""
+    model, other = placed(), nn.Linear(4, 4)
+    model.middle.rebind(other, model.last)
+    model.first = Adapted(model.first)
+    assert model.middle(torch.randn(2, 4)).shape == (2, 4)
+
+
+def test_adapters_are_no_source() -> None:
+    with pytest.raises(TypeError, match=r"^sources\[0\]: got Adapted, expected Linear"):
+        ReplacementLinear((Adapted(nn.Linear(4, 4)), nn.Linear(4, 4)))
+
+
 # Errors.
 
 
