@@ -60,7 +60,7 @@ sanitize: $(VENV)/.test ## run tests of the C++ kernels under the address and un
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest $(SANITIZER_TESTS) -k cpu $(PYTEST_ARGS)
 
-test-integration: $(VENV)/.integration ## run the tests on torchvision, timm and transformers models
+test-integration: $(VENV)/.integration ## run the tests with other libraries' models, trainers, peft and ONNX
 	$(PYTEST) -m integration tests/integration $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## check style, types and format
