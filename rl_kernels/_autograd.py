@@ -6,9 +6,9 @@ the later ones break:
 
 1. autocast is on: cast the activation as torch's own layers do, and re-enter with autocast off;
 2. a functorch transform or forward-mode AD is active, or an argument is a tensor subclass or batched: the recipe in
-   plain aten, which torch can differentiate, batch and shard in every way it knows (this one materialises the mixed
-   weight); so do the registered ops themselves, where a captured graph is transformed; but a linear layer of
-   DTensors that are sharded in a common way calls the ops on its local shards (``_sharding.py``);
+   plain aten (``_composite.py``), which torch can differentiate, batch and shard in every way it knows (this one
+   materialises the mixed weight); so do the registered ops themselves, where a captured graph is transformed; but a
+   linear layer of DTensors that are sharded in a common way calls the ops on its local shards (``_sharding.py``);
 3. compiling, exporting or tracing, or a dispatch mode is active: the registered op, one node for every observer;
 4. otherwise the lean ``Function``.
 
@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as aten
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch._subclasses.fake_tensor import FakeTensor
@@ -40,7 +39,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from rl_kernels import _ops
+from rl_kernels import _composite, _ops
 from rl_kernels._accumulation import places
 from rl_kernels._extension import EXTENSION, mixed_conv_call, mixed_linear_call, without_fast_path
 from rl_kernels._recipe import accumulate_dtype, factors, mix
@@ -70,62 +69,6 @@ class Family(NamedTuple):
     dgrad_takes_input_size: bool
 
 
-def _linear_composite(
-    x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None
-) -> Tensor:
-    bias = None if biases is None else mix(biases, coefficients, x.dtype)
-    return aten.linear(x, mix(weights, coefficients, x.dtype), bias)
-
-
-def _linear_composite_dgrad(dy: Tensor, weight: Tensor, input_size: Sequence[int]) -> Tensor:
-    return dy @ weight
-
-
-def _linear_composite_wgrad(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    return _ops.as_rows(dy).t() @ _ops.as_rows(x)
-
-
-def _conv_composite(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    bias = None if biases is None else mix(biases, coefficients, x.dtype)
-    convolution = (aten.conv1d, aten.conv2d, aten.conv3d)[len(stride) - 1]
-    return convolution(x, mix(weights, coefficients, x.dtype), bias, stride, padding, dilation, groups)
-
-
-def _conv_composite_dgrad(
-    dy: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    x, rest = dy.new_empty(tuple(input_size)), (False, [0] * len(stride), groups, [True, False, False])
-    return torch.ops.aten.convolution_backward(dy, x, weight, None, stride, padding, dilation, *rest)[0]
-
-
-def _conv_composite_wgrad(
-    dy: Tensor,
-    x: Tensor,
-    like: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    rest = (False, [0] * len(stride), groups, [False, True, False])
-    return torch.ops.aten.convolution_backward(dy, x, like, None, stride, padding, dilation, *rest)[1]
-
-
 def _fast_conv(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -144,9 +87,9 @@ LINEAR = Family(
     _ops.mixed_linear_wgrad_,
     _ops.check_mixed_linear,
     mixed_linear_call,
-    _linear_composite,
-    _linear_composite_dgrad,
-    _linear_composite_wgrad,
+    _composite.linear,
+    _composite.linear_dgrad,
+    _composite.linear_wgrad,
     channel_dim=-1,
     dgrad_takes_input_size=False,
 )
@@ -157,9 +100,9 @@ CONV = Family(
     _ops.mixed_conv_wgrad_,
     _ops.check_mixed_conv,
     _fast_conv,
-    _conv_composite,
-    _conv_composite_dgrad,
-    _conv_composite_wgrad,
+    _composite.conv,
+    _composite.conv_dgrad,
+    _composite.conv_wgrad,
     channel_dim=1,
     dgrad_takes_input_size=True,
 )
