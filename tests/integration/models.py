@@ -36,19 +36,28 @@ def vit() -> nn.Module:
     return import_timm().create_model("vit_tiny_patch16_224", **settings)  # type: ignore[no-any-return]
 
 
-def bert() -> nn.Module:
+# What transformers' configurations have in common.
+SMALL: dict[str, Any] = dict(
+    hidden_size=16,
+    num_attention_heads=2,
+    intermediate_size=32,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+
+
+def bert(layers: int = 9) -> nn.Module:
     """Blocks replaced whole: a layer a projection."""
     transformers = import_transformers()
-    config = transformers.BertConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        intermediate_size=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return Hidden(transformers.BertModel(config, add_pooling_layer=False))
+    config = transformers.BertConfig(vocab_size=30, num_hidden_layers=layers, **SMALL)
+    return transformers.BertModel(config, add_pooling_layer=False)  # type: ignore[no-any-return]
+
+
+def huggingface_vit(layers: int = 9) -> nn.Module:
+    """The same of images."""
+    transformers = import_transformers()
+    config = transformers.ViTConfig(num_hidden_layers=layers, image_size=16, patch_size=8, **SMALL)
+    return transformers.ViTModel(config, add_pooling_layer=False)  # type: ignore[no-any-return]
 
 
 def image(batch: int, dtype: torch.dtype) -> Tensor:
@@ -64,7 +73,7 @@ class Made(NamedTuple):
     inputs: Callable[[int, torch.dtype], Tensor]
 
 
-MODELS = {"resnet": Made(resnet, image), "vit": Made(vit, image), "bert": Made(bert, tokens)}
+MODELS = {"resnet": Made(resnet, image), "vit": Made(vit, image), "bert": Made(lambda: Hidden(bert(5)), tokens)}
 
 
 def converted(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, rl.Plan]:

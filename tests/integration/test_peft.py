@@ -17,7 +17,7 @@ from rl_kernels.conversion.models import import_torchvision
 from rl_kernels.nn import ReplacementLayer, ReplacementLinear
 from tests.conversion.common import check_replaced, coefficients_of, mixed_by_hand, relative_error, spread_out
 from tests.conversion.toys import image
-from tests.integration.test_third_party import bert
+from tests.integration.models import bert
 
 pytestmark = pytest.mark.integration
 

@@ -14,6 +14,7 @@ import rl_kernels as rl
 from rl_kernels.conversion.models import LIBRARIES, build, import_timm, import_torchvision, import_transformers
 from tests.conversion.common import check_replaced, coefficients_of
 from tests.conversion.toys import image
+from tests.integration.models import bert, huggingface_vit
 
 pytestmark = pytest.mark.integration
 
@@ -119,28 +120,6 @@ def test_timm_resnets():
 
 
 # transformers.
-
-
-def huggingface_vit() -> nn.Module:
-    transformers = import_transformers()
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=9, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
-    )
-    return transformers.ViTModel(config, add_pooling_layer=False)
-
-
-def bert() -> nn.Module:
-    transformers = import_transformers()
-    config = transformers.BertConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=9,
-        num_attention_heads=2,
-        intermediate_size=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return transformers.BertModel(config, add_pooling_layer=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"targets": "attention"}, {"share": "layer", "norms": "own"}], ids=str)

@@ -18,6 +18,7 @@ import rl_kernels as rl
 from rl_kernels.conversion.models import import_timm, import_transformers
 from rl_kernels.nn import ReplacementLayer
 from tests.conversion.common import mixed_by_hand
+from tests.integration.models import SMALL
 
 pytestmark = [
     pytest.mark.integration,
@@ -49,26 +50,18 @@ def timm_resnet() -> nn.Module:
     return ResNet(BasicBlock, (5, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=CLASSES)
 
 
-SMALL = dict(
-    hidden_size=16,
-    num_hidden_layers=5,
-    num_attention_heads=2,
-    intermediate_size=32,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-    num_labels=CLASSES,
-)
+SETTINGS = dict(num_labels=CLASSES, num_hidden_layers=5, **SMALL)
 
 
 def bert() -> nn.Module:
     transformers = import_transformers()
-    config = transformers.BertConfig(vocab_size=30, max_position_embeddings=16, **SMALL)
+    config = transformers.BertConfig(vocab_size=30, max_position_embeddings=16, **SETTINGS)
     return transformers.BertForSequenceClassification(config)
 
 
 def huggingface_vit() -> nn.Module:
     transformers = import_transformers()
-    return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=16, patch_size=8, **SMALL))
+    return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=16, patch_size=8, **SETTINGS))
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
