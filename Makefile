@@ -23,7 +23,8 @@ export USE_CUDA
 KERNELS := setup.py $(wildcard building/*.py csrc/*.cpp csrc/*.h csrc/cpu/*)
 BUILD_KERNELS := $(BIN)/python setup.py --quiet build_ext
 SANITIZERS := address,undefined
-SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_samples.py tests/ops/test_opcheck.py
+SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_samples.py tests/ops/test_opcheck.py \
+	tests/hostile/test_values.py tests/hostile/test_layouts.py
 
 # torch's own samples in float32 only: the property tests have all types, and a program at a time takes its time.
 INTERPRETED := interpreter or (triton and not (samples and float16))

@@ -165,10 +165,11 @@ Strip<T> make_strip(const X *input, const Volume &in, const Phase &phase, const 
   const auto clear = [](T *from, int64_t n) { __builtin_memset(from, 0, size_t(n) * sizeof(T)); };
   for (int64_t n = 0; n < block.images; ++n)
     for (int64_t z = begin[0]; z < end[0]; ++z) {
-      const X *from = first + n * in.batch_stride + z * in.stride[0];
+      const int64_t at = n * in.batch_stride + z * in.stride[0]; // of a plane that may lie outside
       T *to = copy + n * image + (z - begin[0]) * plane;
       if (flat && in.channel_stride != 1) { // whole lines follow one another on both sides
-        transpose_block(from + begin[1] * in.stride[1], in.channel_stride, channels, size[1] * size[2], to, channels);
+        transpose_block(first + at + begin[1] * in.stride[1], in.channel_stride, channels, size[1] * size[2], to,
+                        channels);
         continue;
       }
       for (int64_t y = begin[1]; y < end[1]; ++y) {
@@ -180,7 +181,7 @@ Strip<T> make_strip(const X *input, const Volume &in, const Phase &phase, const 
         clear(pixel, (left - begin[2]) * channels);
         clear(pixel + (right - begin[2]) * channels, (end[2] - right) * channels);
         pixel += (left - begin[2]) * channels;
-        const X *start = from + y * in.stride[1] + left * in.stride[2];
+        const X *start = first + at + y * in.stride[1] + left * in.stride[2];
         if (in.channel_stride == 1 && in.stride[2] == channels)
           convert(start, (right - left) * channels, pixel);
         else if (in.channel_stride == 1)
