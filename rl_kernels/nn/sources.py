@@ -53,6 +53,9 @@ def parameter_of(source: nn.Module, name: str) -> Any:
     Raises:
         RuntimeError: one that a hook makes in the source's own forward, and that is out of date before.
     """
+    parameter = source._parameters.get(name)
+    if parameter is not None:  # The usual case, without the search of nn.Module.__getattr__.
+        return parameter
     if name in vars(source):
         for hook in source._forward_pre_hooks.values():
             if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
