@@ -41,7 +41,7 @@ struct Gradients {
   void *weight[max_sources];                 // in the sources' type
   int64_t out_stride, in_stride, tap_stride; // the same for every source
   void *coefficients;                        // laid out as (N,) or (N, out), in their type
-  bool by_channel;                           // (N, out), whatever the stride of the coefficients, which may be 0
+  bool per_channel;                          // (N, out), whatever the stride of the coefficients, which may be 0
   void *bias[max_sources];
 };
 

@@ -435,11 +435,11 @@ void finish_coefficients(const Recipe &sources, const Gradients &gradients, int6
   for (int j = 0; j < sources.sources; ++j) {
     double total = 0;
     for (int64_t o = 0; o < out; ++o)
-      if (gradients.by_channel)
+      if (gradients.per_channel)
         to[j * out + o] = T(dots[j * out + o]);
       else
         total += dots[j * out + o];
-    if (!gradients.by_channel)
+    if (!gradients.per_channel)
       to[j] = T(total);
   }
 }

@@ -262,7 +262,7 @@ cpu::Gradients allocate(Gradients &outputs, const Tensors &weights, const at::Te
   }
   dcoefficients = wanted.coefficients ? at::empty(coefficients.sizes(), coefficients.options()) : nothing(coefficients);
   gradients.coefficients = wanted.coefficients ? dcoefficients.data_ptr() : nullptr;
-  gradients.by_channel = coefficients.dim() == 2;
+  gradients.per_channel = coefficients.dim() == 2;
   if (biases)
     for (size_t j = 0; j < biases->size(); ++j) {
       const auto &bias = (*biases)[j];
