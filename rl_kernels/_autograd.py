@@ -333,9 +333,12 @@ def _forward_gradients(
 
     ``memory_format`` is that of a convolution's output, and so of its gradients, however dy comes (expanded, say).
     """
-    asked = None if _needs_composite((dy,)) else memory_format
-    if asked is not None and _ops.conv_memory_format(dy, weights) != asked:
-        dy = dy.clone(memory_format=asked)  # Not contiguous(), which leaves sizes of 1 as they are.
+    if (
+        memory_format is not None
+        and not _needs_composite((dy,))
+        and _ops.conv_memory_format(dy, weights) != memory_format
+    ):
+        dy = dy.clone(memory_format=memory_format)  # Not contiguous(), which leaves sizes of 1 as they are.
     dx = _dgrad(family, dy, weights, coefficients, input_size, geometry) if needs_x else None
     if x is None:
         dweights: Gradients = [None] * len(weights)
