@@ -19,11 +19,14 @@ def as_coefficients(
 ) -> Tensor:
     """``coefficients`` as one tensor, in the dtype in which ``sources`` mix. The names are for messages."""
     _ops.check_sources(sources_name, sources)
+    return as_distributed_as(sources[0], _joined(coefficients, sources, sources_name, name))
+
+
+def _joined(coefficients: Coefficients, sources: Sequence[Tensor], sources_name: str, name: str) -> Tensor:
     dtype = accumulate_dtype(sources[0].dtype)
     if isinstance(coefficients, Tensor):
         if not coefficients.dtype.is_floating_point:
             raise RuntimeError(f"{name}: got dtype {coefficients.dtype}, expected a floating-point dtype")
-        coefficients = as_distributed_as(sources[0], coefficients)
         return coefficients if coefficients.dtype == dtype else coefficients.to(dtype)
     if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
         raise TypeError(
