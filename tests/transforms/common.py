@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,9 @@ from rl_kernels import functional as F
 from tests.conversion.common import spread_out
 
 KINDS = ("linear", "conv")
+
+# torch.jit is deprecated, and warns of the checks of shapes, which are constants of a traced graph.
+tracing = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 
 
 class Problem(NamedTuple):

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 import rl_kernels as rl
-from tests.transforms.common import KINDS, gradients, images, net, problem
-
-# Of the checks of shapes, which are constants of a traced graph as they are of a traced layer of torch's.
-tracing = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+from tests.transforms.common import KINDS, gradients, images, net, problem, tracing
 
 OPS = ("rl_kernels.mixed_conv.default", "rl_kernels.mixed_linear.default")
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from rl_kernels import _ops
-from tests.transforms.common import KINDS, Ops, Problem, images, loss_of, net, problem
+from tests.transforms.common import KINDS, Ops, Problem, images, loss_of, net, problem, tracing
 
 EVERYTHING = tuple(range(6))
 
@@ -160,7 +160,6 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
     "traced": traced,
     "checkpointed": lambda f, a: lambda *b: checkpoint(f, *b, use_reentrant=False),
 }
-tracing = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 
 
 def tangent_of(function: Any, arguments: Any, directions: Any, modes: Any = None) -> Tensor | None:
