@@ -3,8 +3,8 @@
 A panel is mixed into scratch that stays in cache and is multiplied at once, so that the mix costs reading the sources
 and little else. Beyond its outputs a call allocates at most ``workspace_bytes(device)``, whatever the weight's size; a
 convolution's panel of one image and one output channel is the smallest piece, and may pass that bound for an image of
-more than a million pixels. (What the vendor's own kernels take for themselves is not counted: the plain layer pays it
-too.)
+more than a million pixels; so may bfloat16 images smaller than the filter on CPUs, which are multiplied in float32.
+(What the vendor's own kernels take for themselves is not counted: the plain layer pays it too.)
 
 A linear layer's wgrad needs no scratch for G, the gradient of the mixed weight, where some source wants its gradient:
 the vendor writes G into that source's own buffer, and one pass over panels finishes every gradient from it, in place
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -216,6 +217,19 @@ def _images(batch: int, image_elements: int, tensor: Tensor) -> Iterator[slice]:
     return _blocks(max(batch, 1), most // max(image_elements, 1))
 
 
+def _product_dtype(
+    activation: Tensor, image: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> torch.dtype:
+    """What the vendor is given: float32 for bfloat16 images on CPUs that a filter's first step would leave.
+
+    For these oneDNN reads memory that nothing wrote, on processors with bfloat16 instructions (torch 2.13).
+    """
+    reach = [dil * (size - 1) + step for size, step, dil in zip(kernel, stride, dilation, strict=True)]
+    if activation.device.type == "cpu" and activation.dtype == torch.bfloat16 and any(map(operator.lt, image, reach)):
+        return torch.float32
+    return activation.dtype
+
+
 def mixed_conv(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -230,9 +244,11 @@ def mixed_conv(
     memory_format = _ops.conv_memory_format(x, weights)
     spatial = _ops.conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
     shape = (x.shape[0], out_channels, *spatial)
-    bias = None if biases is None else mix(biases, coefficients, x.dtype)
+    product = _product_dtype(x, x.shape[2:], kernel, stride, dilation)
+    bias = None if biases is None else mix(biases, coefficients, product)
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        x = x.to(product)
         return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
     def empty() -> Tensor:
@@ -242,10 +258,10 @@ def mixed_conv(
         return empty().zero_() if bias is None else empty().copy_(bias.view(-1, *(1,) * len(spatial)))
     filter_elements = weights[0][0].numel()
     blocks = _channel_blocks(groups, out_channels // groups, filter_elements, _most_elements(x))
-    panel = _Mixer(weights, coefficients, x.dtype, max(filter_elements, _most_elements(x)))
+    panel = _Mixer(weights, coefficients, product, max(filter_elements, _most_elements(x)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
-        return convolve(x, whole, bias, groups).contiguous(memory_format=memory_format)
+        return convolve(x, whole, bias, groups).to(x.dtype).contiguous(memory_format=memory_format)
     y = empty()
     for block in blocks:
         rows, inputs = block.part_of(out_channels // groups), block.all_of(in_group)
@@ -269,10 +285,11 @@ def mixed_conv_dgrad(
     out_channels, in_group, *_ = weights[0].shape
     batch, _, *spatial = input_size
     memory_format = _ops.conv_memory_format(dy, weights)
+    product = _product_dtype(dy, spatial, weights[0].shape[2:], stride, dilation)
 
     def convolve(dy: Tensor, weight: Tensor, groups: int) -> Tensor:
         size = (dy.shape[0], weight.shape[1] * groups, *spatial)
-        return _vendor_dgrad(dy, weight, size, stride, padding, dilation, groups)
+        return _vendor_dgrad(dy.to(product), weight, size, stride, padding, dilation, groups)
 
     def empty() -> Tensor:
         return torch.empty(tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
@@ -282,10 +299,10 @@ def mixed_conv_dgrad(
     out_group = out_channels // groups
     filter_elements = weights[0][:out_group, 0].numel()
     blocks = _channel_blocks(groups, in_group, filter_elements, _most_elements(dy))
-    panel = _Mixer(weights, coefficients, dy.dtype, max(filter_elements, _most_elements(dy)))
+    panel = _Mixer(weights, coefficients, product, max(filter_elements, _most_elements(dy)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
-        return convolve(dy, whole, groups).contiguous(memory_format=memory_format)
+        return convolve(dy, whole, groups).to(dy.dtype).contiguous(memory_format=memory_format)
     dx = empty()
     for block in blocks:
         inputs, rows = block.part_of(in_group), block.all_of(out_group)
@@ -343,7 +360,10 @@ def mixed_conv_wgrad(
     if not gradients.needs_product:
         return gradients.result()
 
+    dtype = _product_dtype(x, x.shape[2:], weights[0].shape[2:], stride, dilation)
+
     def product(dy: Tensor, x: Tensor, rows: slice, groups: int) -> Tensor:
+        dy, x = dy.to(dtype), x.to(dtype)
         # Only its shape and layout are read.
         weight = weights[0][rows]
         if weight.dtype != x.dtype:
