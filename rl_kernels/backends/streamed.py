@@ -244,12 +244,12 @@ def mixed_conv(
     memory_format = _ops.conv_memory_format(x, weights)
     spatial = _ops.conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
     shape = (x.shape[0], out_channels, *spatial)
-    product = _product_dtype(x, x.shape[2:], kernel, stride, dilation)
-    bias = None if biases is None else mix(biases, coefficients, product)
+    dtype = _product_dtype(x, x.shape[2:], kernel, stride, dilation)
+    bias = None if biases is None else mix(biases, coefficients, dtype)
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        x = x.to(product)
-        return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+        rest = (False, [0] * len(stride), groups)
+        return torch.ops.aten.convolution(x.to(dtype), weight, bias, stride, padding, dilation, *rest)
 
     def empty() -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
@@ -258,7 +258,7 @@ def mixed_conv(
         return empty().zero_() if bias is None else empty().copy_(bias.view(-1, *(1,) * len(spatial)))
     filter_elements = weights[0][0].numel()
     blocks = _channel_blocks(groups, out_channels // groups, filter_elements, _most_elements(x))
-    panel = _Mixer(weights, coefficients, product, max(filter_elements, _most_elements(x)))
+    panel = _Mixer(weights, coefficients, dtype, max(filter_elements, _most_elements(x)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
         return convolve(x, whole, bias, groups).to(x.dtype).contiguous(memory_format=memory_format)
@@ -285,11 +285,11 @@ def mixed_conv_dgrad(
     out_channels, in_group, *_ = weights[0].shape
     batch, _, *spatial = input_size
     memory_format = _ops.conv_memory_format(dy, weights)
-    product = _product_dtype(dy, spatial, weights[0].shape[2:], stride, dilation)
+    dtype = _product_dtype(dy, spatial, weights[0].shape[2:], stride, dilation)
 
     def convolve(dy: Tensor, weight: Tensor, groups: int) -> Tensor:
         size = (dy.shape[0], weight.shape[1] * groups, *spatial)
-        return _vendor_dgrad(dy.to(product), weight, size, stride, padding, dilation, groups)
+        return _vendor_dgrad(dy.to(dtype), weight, size, stride, padding, dilation, groups)
 
     def empty() -> Tensor:
         return torch.empty(tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
@@ -299,7 +299,7 @@ def mixed_conv_dgrad(
     out_group = out_channels // groups
     filter_elements = weights[0][:out_group, 0].numel()
     blocks = _channel_blocks(groups, in_group, filter_elements, _most_elements(dy))
-    panel = _Mixer(weights, coefficients, product, max(filter_elements, _most_elements(dy)))
+    panel = _Mixer(weights, coefficients, dtype, max(filter_elements, _most_elements(dy)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
         return convolve(dy, whole, groups).to(dy.dtype).contiguous(memory_format=memory_format)
