@@ -11,7 +11,7 @@ from rl_kernels._problems import Problem, arguments
 from rl_kernels.backends.cuda import configs, conv, resident
 from rl_kernels.backends.heuristics import A100, Config, use_config
 from tests.emulated.backend import emulated
-from tests.emulated.exact import assert_exact
+from tests.emulated.exact import assert_exact, assert_near, results
 from tests.emulated.problems import BF16, F16, SMALL, TF32, run
 
 OPS = ("mixed_conv", "mixed_conv_dgrad", "mixed_conv_wgrad")
@@ -51,6 +51,24 @@ def test_every_combination_of_gradients(wanted: tuple[bool, ...]) -> None:
         found = conv.mixed_conv_wgrad(*call)
     assert_exact(OPS[2], call, found)
     assert len(launched) == any(wanted), "a product that nothing asked for"
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, None), (torch.float32, BF16), (None, torch.float32)])
+@pytest.mark.parametrize(("layout", "groups", "splits"), [("contiguous", 1, 1), ("channels_last", 2, 3)])
+def test_added_to_what_is_there(
+    dtypes: tuple[torch.dtype | None, ...], layout: str, groups: int, splits: int
+) -> None:
+    """In the sources' type, or in float32, or one of them as ever."""
+    problem = Problem(2, 16, 24, (3, 3), (5, 6), groups=groups, padding=1, layout=layout)
+    call = arguments(problem, OPS[2], BF16, torch.device("cpu"))
+    shape = call[2][0].shape
+    into = [None if dtype is None else torch.randn(shape).to(dtype) for dtype in dtypes]
+    before = [torch.zeros(()) if place is None else place.double() for place in into]
+    with use_config(SMALL, splits), emulated():
+        found, *_ = conv.mixed_conv_wgrad(*call, into=into)
+    for one, place, old, gradient in zip(found, into, before, results(OPS[2], call), strict=False):
+        assert place is None or one is place
+        assert_near(one, old + gradient)
 
 
 @pytest.mark.parametrize("op", OPS)

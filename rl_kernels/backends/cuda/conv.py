@@ -119,7 +119,7 @@ def mixed_conv_wgrad(
         coefficients,
         biases,
         *masks,
-        None,
+        into,
     )
     recipe = Recipe(weights, coefficients)
     geometry = Geometry.of(x, dy, weights[0], [-pad for pad in padding], dilation, stride)
