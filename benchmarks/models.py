@@ -16,8 +16,8 @@ import rl_kernels as rl
 from benchmarks.cases import ModelCase
 from benchmarks.contenders import TOLERANCE, Contender, Wrong
 from benchmarks.rivals import name_of
-from rl_kernels.recipes.digits import optimizer_bytes
-from rl_kernels.recipes.models import DigitsResNet, DigitsViT, TransformerBlock
+from rl_kernels.systems.digits import optimizer_bytes
+from rl_kernels.systems.models import DigitsResNet, DigitsViT, TransformerBlock
 
 WHOLE = "end-to-end"
 CLASSES = 100

@@ -13,7 +13,7 @@ from importlib import import_module as _import_module
 from typing import Any as _Any
 
 from rl_kernels import functional, nn
-from rl_kernels._accumulation import accumulate_into_grad
+from rl_kernels.ops.accumulation import accumulate_into_grad
 from rl_kernels.backends import backends
 from rl_kernels.backends.selection import use_backend
 from rl_kernels.conversion import Plan, load_plain_state_dict, merge, plan, replace

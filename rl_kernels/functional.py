@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as aten
 from torch import Tensor
 
-from rl_kernels import _ops
-from rl_kernels._arguments import Coefficients, as_coefficients
-from rl_kernels._attention import mixed_multi_head_attention
-from rl_kernels._autograd import CONV, LINEAR, mixed_forward
+from rl_kernels.ops import checks
+from rl_kernels.ops.arguments import Coefficients, as_coefficients
+from rl_kernels.ops.attention import mixed_multi_head_attention
+from rl_kernels.ops.autograd import CONV, LINEAR, mixed_forward
 from rl_kernels._extension import mixed_conv_call, mixed_linear_call
-from rl_kernels._recipe import mix as _mix
+from rl_kernels.ops.mix import mix as _mix
 
 __all__ = [
     "mixed_linear",
@@ -57,7 +57,7 @@ def mix(weights: Sequence[Tensor], coefficients: Coefficients) -> Tensor:
     first = weights[0]
     if first.dim() == 0:
         raise RuntimeError("weights[0]: got a 0-dimensional tensor, expected at least one dimension")
-    _ops.check_coefficients(mixing, len(weights), first.shape[0], first.device, first.dtype)
+    checks.check_coefficients(mixing, len(weights), first.shape[0], first.device, first.dtype)
     return _mix(weights, mixing)
 
 

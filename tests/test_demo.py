@@ -14,9 +14,9 @@ from rich.console import Console
 
 import rl_kernels as rl
 from rl_kernels.__main__ import COMMANDS, main
-from rl_kernels.demo import REPLACED, WHOLE, run_demo
-from rl_kernels.recipes.digits import RECIPES, Digits, Recipe, build_model, load_digits, train
-from rl_kernels.recipes.models import DigitsResNet, DigitsViT
+from rl_kernels.commands.demo import REPLACED, WHOLE, run_demo
+from rl_kernels.systems.digits import RECIPES, Digits, Recipe, build_model, load_digits, train
+from rl_kernels.systems.models import DigitsResNet, DigitsViT
 
 SMALL = {
     "DigitsResNet": Recipe(lambda: DigitsResNet(4, (3, 5)), 1, 1, batch_size=256, learning_rate=5e-3),

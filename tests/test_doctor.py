@@ -4,9 +4,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from rl_kernels import doctor
+from rl_kernels.commands import doctor
 from rl_kernels.backends import registered, selection, streamed
-from rl_kernels.doctor import doctor_command
+from rl_kernels.commands.doctor import doctor_command
 
 
 def test_a_sound_installation_passes() -> None:

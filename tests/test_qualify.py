@@ -14,12 +14,13 @@ import torch
 from click.testing import CliRunner, Result
 
 import rl_kernels as rl
-from rl_kernels import _problems, qualify
+from rl_kernels.qualify import problems
+from rl_kernels.qualify import command
 from rl_kernels._extension import EXTENSION, mixed_linear_call
-from rl_kernels._problems import Problem
+from rl_kernels.qualify.problems import Problem
 from rl_kernels.backends import Backend, Case, registered, selection, streamed, triton
-from rl_kernels.backends import gate as gates
-from rl_kernels.backends.gate import Gate
+from rl_kernels.backends import record_store as gates
+from rl_kernels.backends.record_store import Gate
 from rl_kernels.backends.records import Point, Record, Verdict
 
 LINEAR = [Problem(4, 32, 32), Problem(64, 32, 32)]
@@ -33,7 +34,7 @@ def plant(tmp_path: Path) -> Iterator[Callable[[Kernel], None]]:
     with pytest.MonkeyPatch.context() as patch, rl.use_backend("auto"):
         patch.setenv(gates.CACHE_VARIABLE, str(tmp_path))
         patch.setattr(qualify, "grid", lambda op, device, quick: LINEAR if "linear" in op else CONV)
-        patch.setattr(qualify, "checks", lambda op: _problems.checks(op)[:3])
+        patch.setattr(qualify, "checks", lambda op: problems.checks(op)[:3])
 
         def put(kernel: Kernel) -> None:
             gate = Gate("planted", needed=True, files=lambda: [Path(__file__)])
@@ -233,7 +234,7 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", ["mixed_linear", "mixed_linear_wgrad", "mixed_conv", "mixed_conv_wgrad"])
 def test_triton_runs_in_every_configuration_that_its_heuristic_has(op: str) -> None:
     pytest.importorskip("triton")
-    from rl_kernels.backends import heuristics
+    from rl_kernels.backends.gpu import heuristics
 
     (name, _), *forced = triton.variants(op, torch.bfloat16)
     assert name == "" and len(forced) >= 12
@@ -248,13 +249,13 @@ def test_triton_runs_in_every_configuration_that_its_heuristic_has(op: str) -> N
 
 @pytest.mark.parametrize("op", [*registered()[0].kernels])
 def test_the_problems_are_calls_that_every_op_accepts(op: str) -> None:
-    from rl_kernels import _ops
+    from rl_kernels.ops import schema
 
-    for problem in _problems.checks(op):
-        _ops.CHECKS[op](*_problems.arguments(problem, op, torch.bfloat16, torch.device("cpu")))
+    for problem in problems.checks(op):
+        schema.CHECKS[op](*problems.arguments(problem, op, torch.bfloat16, torch.device("cpu")))
     for device in ("cpu", "cuda"):
-        full, quick = (_problems.grid(op, device, quick) for quick in (False, True))
+        full, quick = (problems.grid(op, device, quick) for quick in (False, True))
         assert 0 < len(quick) < len(full)
         assert set(quick) <= set(full)
-    first = _problems.checks(op)[: qualify.FORCED_PROBLEMS]
+    first = problems.checks(op)[: qualify.FORCED_PROBLEMS]
     assert all(problem.sources == 2 and not problem.halved for problem in first)

@@ -1,6 +1,6 @@
 """Records: whether a backend's kernels are right on a machine, and where they win. Data, and pure decisions on it.
 
-``python -m rl_kernels qualify`` makes them; ``gate.py`` finds them.
+``python -m rl_kernels qualify`` makes them; ``record_store.py`` finds them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from rl_kernels import _ops
+from rl_kernels.ops.shapes import conv_output_size, is_channels_last
+from rl_kernels.ops.values import Call
 
 SCHEMA = 1
 TOLERANCE = 1.02
@@ -148,7 +149,7 @@ class Record:
 # Decisions.
 
 
-def why_refused(record: Record, here: Here) -> str | None:
+def why_stale(record: Record, here: Here) -> str | None:
     """Why a record says nothing about ``here``; None where it holds."""
     if record.schema != SCHEMA:
         return f"the record has schema {record.schema}, expected {SCHEMA}"
@@ -174,7 +175,7 @@ def nearest(op: str, dtype: str, kind: str, sizes: Sequence[int], record: Record
     return min(points, key=lambda point: (distance(point), -point.ratio), default=None)
 
 
-def decide(op: str, dtype: str, kind: str, sizes: Sequence[int], record: Record | None) -> str | None:
+def why_worse(op: str, dtype: str, kind: str, sizes: Sequence[int], record: Record | None) -> str | None:
     """Why the kernel is not used for a call; None where it may be.
 
     Args:
@@ -203,25 +204,23 @@ def why_wrong(op: str, dtype: str, record: Record) -> str | None:
     return None if verdict.passed else f"failed its qualification: {verdict.detail}"
 
 
-def describe(op: str, arguments: Sequence[Any]) -> tuple[str, tuple[int, ...]]:
+def describe(call: Call) -> tuple[str, tuple[int, ...]]:
     """The kind of layer and the sizes of a call, cheaply.
 
     Returns:
         ``"linear"`` and (tokens, out_features, in_features); or, as ``"grouped channels_last strided"``, which
         convolution and (output pixels of all images, out and in channels a group, taps, groups).
     """
-    activation, weights = arguments[0], arguments[2 if op.endswith("wgrad") else 1]
-    weight = weights[0]
+    activation, weight, geometry = call.activation, call.recipe.weights[0], call.geometry
     out, within, *taps = weight.shape
-    if not taps and "linear" in op:
+    if geometry is None:
         return "linear", (activation.numel() // max(activation.shape[-1], 1), out, within)
-    *_, stride, padding, dilation, groups = arguments
-    if op == "mixed_conv":
-        spatial = _ops.conv_output_size(activation.shape[2:], taps, stride, padding, dilation)
-        pixels = activation.shape[0] * math.prod(spatial)
+    groups = geometry.groups
+    if call.op == "mixed_conv":
+        pixels = activation.shape[0] * math.prod(conv_output_size(activation.shape[2:], taps, geometry))
     else:
         pixels = activation.numel() // max(out, 1)
     kind = "dense" if groups == 1 else "depthwise" if within == 1 else "grouped"
-    last = _ops.is_channels_last(activation) or _ops.is_channels_last(weight)
-    kind += " channels_last" if last else " contiguous"
-    return kind + " strided" * (max(stride) > 1), (pixels, out // groups, within, math.prod(taps), groups)
+    kind += " channels_last" if is_channels_last(activation) or is_channels_last(weight) else " contiguous"
+    sizes = (pixels, out // groups, within, math.prod(taps), groups)
+    return kind + " strided" * (max(geometry.stride) > 1), sizes

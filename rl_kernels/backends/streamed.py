@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rl_kernels import _ops
-from rl_kernels._recipe import accumulate_dtype, factors, mix
+from rl_kernels.ops import shapes
+from rl_kernels.ops.mix import accumulate_dtype, factors, mix
 
 WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 """The most memory a call takes beyond its outputs, by device type. Other devices: as the CPU."""
@@ -102,7 +102,7 @@ def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, bia
     y = x.new_empty(*x.shape[:-1], out_features)
     if y.numel() == 0:
         return y
-    rows_x, rows_y = _ops.as_rows(x), _ops.as_rows(y)
+    rows_x, rows_y = shapes.as_rows(x), shapes.as_rows(y)
     bias = None if biases is None else mix(biases, coefficients, x.dtype)
     elements = _linear_panel(x)
     columns = min(in_features, elements)
@@ -128,7 +128,7 @@ def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tens
     dx = dy.new_empty(*dy.shape[:-1], in_features)
     if dx.numel() == 0:
         return dx
-    rows_dy, rows_dx = _ops.as_rows(dy), _ops.as_rows(dx)
+    rows_dy, rows_dx = shapes.as_rows(dy), shapes.as_rows(dx)
     elements = _linear_panel(dy)
     columns = min(in_features, max(elements // max(out_features, 1), _SHORTEST_RUN[dy.dtype]))
     panel = _Mixer(weights, coefficients, dy.dtype, elements)
@@ -156,7 +156,7 @@ def mixed_linear_wgrad(
     biases_mask: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     out_features, in_features = weights[0].shape
-    transposed_dy, x = _ops.as_rows(dy).t(), _ops.as_rows(x)
+    transposed_dy, x = shapes.as_rows(dy).t(), shapes.as_rows(x)
     masks = (weights_mask, coefficients_mask, biases_mask)
     g = torch.mm(transposed_dy, x) if any(weights_mask) and x.dtype == weights[0].dtype else None
     gradients = _Gradients(g, torch.contiguous_format, weights, coefficients, biases, *masks)
@@ -241,8 +241,8 @@ def mixed_conv(
     groups: int,
 ) -> Tensor:
     out_channels, in_group, *kernel = weights[0].shape
-    memory_format = _ops.conv_memory_format(x, weights)
-    spatial = _ops.conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
+    memory_format = shapes.conv_memory_format(x, weights)
+    spatial = shapes.conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
     shape = (x.shape[0], out_channels, *spatial)
     dtype = _product_dtype(x, x.shape[2:], kernel, stride, dilation)
     bias = None if biases is None else mix(biases, coefficients, dtype)
@@ -284,7 +284,7 @@ def mixed_conv_dgrad(
 ) -> Tensor:
     out_channels, in_group, *_ = weights[0].shape
     batch, _, *spatial = input_size
-    memory_format = _ops.conv_memory_format(dy, weights)
+    memory_format = shapes.conv_memory_format(dy, weights)
     dtype = _product_dtype(dy, spatial, weights[0].shape[2:], stride, dilation)
 
     def convolve(dy: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -353,7 +353,7 @@ def mixed_conv_wgrad(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     out_channels, in_group, *_ = weights[0].shape
     out_group = out_channels // groups
-    memory_format = _ops.conv_memory_format(x, weights)
+    memory_format = shapes.conv_memory_format(x, weights)
     masks = (weights_mask, coefficients_mask, biases_mask)
     gradients = _Gradients(None, memory_format, weights, coefficients, biases, *masks)
     gradients.add_biases(dy, [0, *range(2, dy.dim())])
@@ -414,7 +414,7 @@ class _Gradients:
         self.biases_mask = biases_mask
         host = list(weights_mask).index(True) if g is not None else None
         spare = [wanted and j != host for j, wanted in enumerate(weights_mask)]
-        self.dweights, self.dcoefficients, self.dbiases = _ops.empty_gradients(
+        self.dweights, self.dcoefficients, self.dbiases = shapes.empty_gradients(
             lambda weight: torch.empty_like(weight, memory_format=memory_format),
             weights,
             coefficients,

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from rl_kernels import nn as replacements
 from rl_kernels.nn import ReplacementLayer
-from rl_kernels.nn.sources import full_name, has_adapters
+from rl_kernels.nn.layer import full_name, has_adapters
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

@@ -15,7 +15,7 @@ from rl_kernels._tables import simple_table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from rl_kernels.conversion.records import Plan
+    from rl_kernels.conversion.plans import Plan
 
 
 def as_text(plan: Plan) -> str:

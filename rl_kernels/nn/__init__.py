@@ -11,7 +11,7 @@ from rl_kernels.nn.norm import (
     ReplacementGroupNorm,
     ReplacementLayerNorm,
 )
-from rl_kernels.nn.sources import ReplacementLayer
+from rl_kernels.nn.layer import ReplacementLayer
 
 __all__ = [
     "Coefficients",

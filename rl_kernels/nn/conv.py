@@ -8,7 +8,7 @@ import torch.nn.functional as aten
 from torch import Tensor, nn
 
 from rl_kernels import functional as F
-from rl_kernels.nn.sources import ReplacementLayer
+from rl_kernels.nn.layer import ReplacementLayer
 
 
 class _ReplacementConv(ReplacementLayer):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rl_kernels import functional as F
-from rl_kernels.nn.sources import ReplacementLayer
+from rl_kernels.nn.layer import ReplacementLayer
 
 
 class ReplacementLinear(ReplacementLayer):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as aten
 from torch import Tensor, nn
 
-from rl_kernels.nn.sources import ReplacementLayer, Unregistered
+from rl_kernels.nn.layer import ReplacementLayer, Unregistered
 
 Affine = Literal["mixed", "own"]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from rl_kernels import _ops
-from rl_kernels._problems import Problem, arguments
+from rl_kernels.ops import schema
+from rl_kernels.qualify.problems import Problem, arguments
 from rl_kernels.backends import Case, cuda
 from rl_kernels.backends.cuda import configs, extension, params
-from rl_kernels.backends.heuristics import A100, ADA, H100, Device, Work, shared_bytes
+from rl_kernels.backends.gpu.heuristics import A100, ADA, H100, Device, Work, shared_bytes
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -70,7 +70,7 @@ def test_vectors_are_where_16_bytes_lie_together() -> None:
     assert not params.is_vector(image) and params.is_vector(image.to(memory_format=torch.channels_last))
 
 
-@pytest.mark.parametrize("op", _ops.SCHEMAS)
+@pytest.mark.parametrize("op", schema.SCHEMAS)
 @pytest.mark.parametrize(
     ("problem", "dtype", "change", "expected"),
     [
@@ -99,7 +99,7 @@ def test_refusals(op: str, problem: Problem, dtype: torch.dtype, change: dict[st
     assert reason is None if expected is None else expected in (reason or "")
 
 
-@pytest.mark.parametrize("op", [op for op in _ops.SCHEMAS if "conv" in op])
+@pytest.mark.parametrize("op", [op for op in schema.SCHEMAS if "conv" in op])
 def test_auto_takes_channels_last_convolutions_of_enough_channels(op: str) -> None:
     def said(**changes: Any) -> str | None:
         problem = Problem(**{**vars(Problem(2, 16, 16, (3, 3), (5, 6), layout="channels_last")), **changes})
@@ -116,7 +116,7 @@ def test_cases() -> None:
     assert cuda.refuses(Case("mixed_linear", "cuda", BF16)) == extension.EXTENSION.missing
 
 
-@pytest.mark.parametrize("op", _ops.SCHEMAS)
+@pytest.mark.parametrize("op", schema.SCHEMAS)
 def test_qualification_runs_every_configuration(op: str) -> None:
     (usual, _), *forced = cuda.variants(op, BF16)
     names = [name for name, _ in forced]

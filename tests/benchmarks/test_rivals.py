@@ -134,7 +134,7 @@ def test_memory_counts_the_mixed_weight_and_not_the_gradients() -> None:
 
 def test_a_model_cell_says_what_replacement_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import models
-    from rl_kernels.recipes.models import DigitsResNet
+    from rl_kernels.systems.models import DigitsResNet
 
     def tiny() -> torch.nn.Module:
         model = DigitsResNet(width=4, depths=(5,), classes=models.CLASSES)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rl_kernels as rl
 from rl_kernels import functional as F
-from rl_kernels._autograd import plain_torch
+from rl_kernels.ops.autograd import plain_torch
 from rl_kernels._extension import EXTENSION
 from rl_kernels.backends import cpu
 from rl_kernels.backends.selection import CannotServe

@@ -15,8 +15,8 @@ from torch import Tensor
 from building.cuda import ELEMENTS, SOURCES
 from rl_kernels.backends.cuda import extension
 from tests.emulated.compilers import compiled_files
-from tests.emulated.launch import Buffer, run
-from tests.emulated.memory import GLOBAL
+from tests.emulated.machine.launch import Buffer, run
+from tests.emulated.machine.memory import GLOBAL
 
 Edit = tuple[str, str, str]
 """A file of csrc/cuda, a text in it and what to put there: a fault to be caught."""

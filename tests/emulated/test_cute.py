@@ -11,8 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from tests.emulated.compilers import compiled, cutlass
-from tests.emulated.launch import Output, TensorMap, run
-from tests.emulated.memory import Fault
+from tests.emulated.machine.launch import Output, TensorMap, run
+from tests.emulated.machine.memory import Fault
 
 SOURCE = Path(__file__).parent / "cute.cu"
 SEEDS = range(3)

@@ -17,11 +17,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rl_kernels.backends import reference
-from rl_kernels.backends.heuristics import Config, use_config
+from rl_kernels.backends.gpu.heuristics import Config, use_config
 from rl_kernels.backends.triton import conv, linear, offline
-from tests.emulated.launch import Launched, Output, TensorMap, catching, run, run_triton
-from tests.emulated.memory import Fault
-from tests.emulated.ptx import PTXError
+from tests.emulated.machine.launch import Launched, Output, TensorMap, catching, run, run_triton
+from tests.emulated.machine.memory import Fault
+from tests.emulated.machine.ptx import PTXError
 from tests.emulated.test_kernels import Problem, assert_close, flat
 
 SEEDS = range(3)

@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from tests.emulated.launch import Output, run
-from tests.emulated.memory import RAW, Array
-from tests.emulated.ptx import PTXError
-from tests.emulated.values import TYPES, bf16_bits, bf16_values
+from tests.emulated.machine.launch import Output, run
+from tests.emulated.machine.memory import RAW, Array
+from tests.emulated.machine.ptx import PTXError
+from tests.emulated.machine.values import TYPES, bf16_bits, bf16_values
 
 RNG = np.random.default_rng(0)
 

@@ -5,8 +5,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from tests.emulated.launch import Output, run
-from tests.emulated.memory import Fault
+from tests.emulated.machine.launch import Output, run
+from tests.emulated.machine.memory import Fault
 
 RNG = np.random.default_rng(0)
 HEAD = """

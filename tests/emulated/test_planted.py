@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from rl_kernels._problems import Problem
+from rl_kernels.qualify.problems import Problem
 from tests.emulated import test_linear
-from tests.emulated.memory import Fault
+from tests.emulated.machine.memory import Fault
 from tests.emulated.problems import BF16, run
 
 CONV = Problem(2, 24, 24, (3, 3), (5, 6), padding=1, layout="channels_last")

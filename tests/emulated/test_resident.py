@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels import _ops
-from rl_kernels.backends.convolution import Geometry, phases
+from rl_kernels.ops import shapes
+from rl_kernels.backends.gpu.convolution import Geometry, phases
 from rl_kernels.backends.cuda import resident
 from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.gpu import Recipe
-from rl_kernels.backends.heuristics import cdiv
+from rl_kernels.backends.gpu.operands import Recipe
+from rl_kernels.backends.gpu.heuristics import cdiv
 from tests.emulated.backend import Edit, emulated
 from tests.emulated.exact import assert_near, mixed, operand
-from tests.emulated.memory import Fault
+from tests.emulated.machine.memory import Fault
 from tests.emulated.test_small import BF16, F16, F32
 
 LAYOUTS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
@@ -55,7 +55,7 @@ class Problem:
         every = len(taps)
         self.stride, self.padding, self.dilation = [stride] * every, [padding] * every, [dilation] * every
         self.groups, self.stages = groups, stages
-        spatial = _ops.conv_output_size(x[2:], taps, self.stride, self.padding, self.dilation)
+        spatial = shapes.conv_output_size(x[2:], taps, self.stride, self.padding, self.dilation)
         self.dy = self.made(x[0], out, *spatial, dtype=dtype)
 
     def made(self, *shape: int, dtype: torch.dtype) -> Tensor:

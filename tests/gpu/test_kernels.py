@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import rl_kernels as rl
-from rl_kernels import _ops, qualify
+from rl_kernels.ops import schema
+from rl_kernels.qualify import command
 from rl_kernels.backends import Case, registered
 from rl_kernels.testing import peak_memory
 
@@ -15,7 +16,7 @@ MEBI = 1 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("op", _ops.SCHEMAS)
+@pytest.mark.parametrize("op", schema.SCHEMAS)
 def test_right_and_deterministic_in_every_configuration(name: str, op: str, dtype: torch.dtype) -> None:
     """The checks of ``qualify``: odd shapes, all gradients, each configuration, the same bits twice."""
     backend = next(backend for backend in registered() if backend.name == name)

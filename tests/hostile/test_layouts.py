@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels import _ops
+from rl_kernels.ops import shapes
 from rl_kernels.backends.selection import CannotServe
 from tests.hostile import BACKENDS, LEFT_OUT, MIXED, PLAIN, SPATIAL, plain_mix, using
 from tests.ops.body import _strides
@@ -216,7 +216,7 @@ def formats(spatial: int, dtype: torch.dtype, backend: str, of_dy: Callable[[Ten
                 y.backward(dy)
             case = f"{x_shape} {shape} groups {groups} stride {stride} x {x_last} w0 {first_last} w1 {second_last}"
             case += f" dy {dy.stride()}"
-            asked = _ops.is_channels_last(x) or _ops.is_channels_last(w0)
+            asked = shapes.is_channels_last(x) or shapes.is_channels_last(w0)
             if spatial == 3 and asked and not is_last(plain_y):
                 # torch's own layer dropped it. Ours keeps it, as torch's does on GPUs.
                 assert plain_y.is_contiguous() and is_last(y), case

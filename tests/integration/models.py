@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rl_kernels as rl
-from rl_kernels.conversion.models import import_timm, import_torchvision, import_transformers
+from rl_kernels.conversion.zoo import import_timm, import_torchvision, import_transformers
 from tests.conversion.common import spread_out
 
 

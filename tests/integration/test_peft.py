@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import rl_kernels as rl
-from rl_kernels.conversion.models import import_torchvision
+from rl_kernels.conversion.zoo import import_torchvision
 from rl_kernels.nn import ReplacementLayer, ReplacementLinear
 from tests.conversion.common import check_replaced, coefficients_of, mixed_by_hand, relative_error, spread_out
 from tests.conversion.toys import image

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import rl_kernels as rl
-from rl_kernels.conversion.models import LIBRARIES, build, import_timm, import_torchvision, import_transformers
+from rl_kernels.conversion.zoo import LIBRARIES, build, import_timm, import_torchvision, import_transformers
 from tests.conversion.common import check_replaced, coefficients_of
 from tests.conversion.toys import image
 from tests.integration.models import bert, huggingface_vit

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import rl_kernels as rl
-from rl_kernels.conversion.models import import_timm, import_transformers
+from rl_kernels.conversion.zoo import import_timm, import_transformers
 from rl_kernels.nn import ReplacementLayer
 from tests.conversion.common import mixed_by_hand
 from tests.integration.models import SMALL

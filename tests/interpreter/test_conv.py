@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels import _ops
-from rl_kernels.backends import heuristics, reference
-from rl_kernels.backends.heuristics import H100, Config, use_config
+from rl_kernels.ops import shapes
+from rl_kernels.backends.gpu import heuristics
+from rl_kernels.backends import reference
+from rl_kernels.backends.gpu.heuristics import H100, Config, use_config
 from rl_kernels.backends.triton import conv, depthwise
 from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS, RESIDENT_CONFIGS
 from rl_kernels.backends.triton.conv import CONV_CONFIGS, CONV_WGRAD_CONFIGS
@@ -77,7 +78,7 @@ class Problem:
     ):
         source_dtype = source_dtype or dtype
         self.geometry = (list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups)
-        spatial = _ops.conv_output_size(shape.size, shape.kernel, *self.geometry[:3])
+        spatial = shapes.conv_output_size(shape.size, shape.kernel, *self.geometry[:3])
         self.x = torch.randn(shape.batch, shape.channels, *shape.size).to(dtype)
         self.dy = torch.randn(shape.batch, shape.out, *spatial).to(dtype)
         filters = (shape.out, shape.channels // shape.groups, *shape.kernel)
@@ -108,7 +109,7 @@ class Problem:
         )
         expected = reference.mixed_conv(x, weights, coefficients, biases if biased else None, *self.geometry)
         assert_close(found, expected)
-        memory_format = _ops.conv_memory_format(self.x, self.weights)
+        memory_format = shapes.conv_memory_format(self.x, self.weights)
         assert found.stride() == torch.empty(found.shape, memory_format=memory_format).stride()
 
     def check_dgrad(self) -> None:
@@ -117,7 +118,7 @@ class Problem:
         found = conv.mixed_conv_dgrad(self.dy, self.weights, self.coefficients, size, *self.geometry)
         expected = reference.mixed_conv_dgrad(dy, weights, coefficients, size, *self.geometry)
         assert_close(found, expected)
-        memory_format = _ops.conv_memory_format(self.dy, self.weights)
+        memory_format = shapes.conv_memory_format(self.dy, self.weights)
         assert found.stride() == torch.empty(found.shape, memory_format=memory_format).stride()
 
     def check_wgrad(
@@ -139,7 +140,7 @@ class Problem:
             dy, x, weights, coefficients, biases if biased else None, *masks, *self.geometry
         )
         dtype = self.x.dtype
-        memory_format = _ops.conv_memory_format(self.x, self.weights)
+        memory_format = shapes.conv_memory_format(self.x, self.weights)
         for j, (ours, truth) in enumerate(zip(found[0], expected[0], strict=True)):
             assert_close(ours, truth, dtype, f"weight {j}")
             if weights_mask[j]:

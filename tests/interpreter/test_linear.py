@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rl_kernels.backends import reference
-from rl_kernels.backends.heuristics import Config, use_config
+from rl_kernels.backends.gpu.heuristics import Config, use_config
 from rl_kernels.backends.triton import linear
 from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS, PRODUCT_CONFIGS, WGRAD_CONFIGS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rl_kernels.backends import reference
-from rl_kernels.backends.heuristics import Config, use_config
+from rl_kernels.backends.gpu.heuristics import Config, use_config
 from rl_kernels.backends.triton import conv, linear
 
 FAR = (1 << 30) + 8

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import rl_kernels as rl
 from rl_kernels import functional as F
-from rl_kernels._autograd import plain_torch
+from rl_kernels.ops.autograd import plain_torch
 from rl_kernels.backends.selection import CannotServe
 from rl_kernels.testing import assert_as_accurate, compare
 

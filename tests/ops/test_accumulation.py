@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rl_kernels as rl
-from rl_kernels._autograd import plain_torch
+from rl_kernels.ops.autograd import plain_torch
 from rl_kernels.backends import registered, selection
 
 BACKENDS = [backend.name for backend in registered()]

@@ -9,7 +9,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import rl_kernels as rl
 from rl_kernels import functional as F
-from rl_kernels._autograd import plain_torch
+from rl_kernels.ops.autograd import plain_torch
 from rl_kernels.backends import registered
 from rl_kernels.testing import assert_as_accurate, compare
 

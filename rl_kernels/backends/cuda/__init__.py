@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from rl_kernels.backends import convolution, gpu, heuristics
+from rl_kernels.backends.gpu import convolution
+from rl_kernels.backends.gpu import operands
+from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.cuda import configs, extension
 from rl_kernels.backends.cuda.params import MOST_SOURCES
-from rl_kernels.backends.gpu import IEEE, arithmetic
+from rl_kernels.backends.gpu.operands import IEEE, arithmetic
 from rl_kernels.backends.selection import Case, Variants
 
 CAPABILITY = (8, 0)

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from rl_kernels.backends.heuristics import Config, Device, Work, shared_bytes
+from rl_kernels.backends.gpu.heuristics import Config, Device, Work, shared_bytes
 
 STEP_BYTES = 64
 """Of a row along the sum, that a stage of the pipelines holds."""

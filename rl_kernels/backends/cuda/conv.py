@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rl_kernels import _ops
-from rl_kernels.backends.convolution import Geometry, as_matrix, as_pixels, is_product, phases
+from rl_kernels.ops import shapes
+from rl_kernels.backends.gpu.convolution import Geometry, as_matrix, as_pixels, is_product, phases
 from rl_kernels.backends.cuda import linear, product, resident, wgrad
 from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.gpu import Asked, Recipe
+from rl_kernels.backends.gpu.operands import Asked, Recipe
 
 
 def mixed_conv(
@@ -28,8 +28,8 @@ def mixed_conv(
     groups: int,
 ) -> Tensor:
     op = "mixed_conv"
-    spatial = _ops.conv_output_size(x.shape[2:], weights[0].shape[2:], stride, padding, dilation)
-    memory_format = _ops.conv_memory_format(x, weights)
+    spatial = shapes.conv_output_size(x.shape[2:], weights[0].shape[2:], stride, padding, dilation)
+    memory_format = shapes.conv_memory_format(x, weights)
     size = (x.shape[0], weights[0].shape[0], *spatial)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if y.numel() == 0:
@@ -61,7 +61,7 @@ def mixed_conv_dgrad(
     groups: int,
 ) -> Tensor:
     op = "mixed_conv_dgrad"
-    memory_format = _ops.conv_memory_format(dy, weights)
+    memory_format = shapes.conv_memory_format(dy, weights)
     dx = torch.empty(tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
     if dx.numel() == 0:
         return dx
@@ -111,7 +111,7 @@ def mixed_conv_wgrad(
     groups: int,
     into: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    memory_format = _ops.conv_memory_format(x, weights)
+    memory_format = shapes.conv_memory_format(x, weights)
     masks = weights_mask, coefficients_mask, biases_mask
     asked = Asked.of(
         lambda weight: torch.empty_like(weight, memory_format=memory_format),

@@ -6,24 +6,24 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rl_kernels import _ops
-from rl_kernels.backends.convolution import Geometry
+from rl_kernels.ops import shapes
+from rl_kernels.backends.gpu.convolution import Geometry
 from rl_kernels.backends.cuda import product, small, wgrad
 from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.gpu import Asked, Recipe
+from rl_kernels.backends.gpu.operands import Asked, Recipe
 
 
 def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None) -> Tensor:
     y = x.new_empty(*x.shape[:-1], weights[0].shape[0])
     if y.numel() > 0:
-        multiply("mixed_linear", _ops.as_rows(y), _ops.as_rows(x), weights, coefficients, biases, transposed=False)
+        multiply("mixed_linear", shapes.as_rows(y), shapes.as_rows(x), weights, coefficients, biases, transposed=False)
     return y
 
 
 def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     dx = dy.new_empty(*dy.shape[:-1], weights[0].shape[1])
     if dx.numel() > 0:
-        rows = _ops.as_rows(dx), _ops.as_rows(dy)
+        rows = shapes.as_rows(dx), shapes.as_rows(dy)
         multiply("mixed_linear_dgrad", *rows, weights, coefficients, None, transposed=True)
     return dx
 
@@ -41,7 +41,7 @@ def mixed_linear_wgrad(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     masks = weights_mask, coefficients_mask, biases_mask
     asked = Asked.of(lambda weight: weight.new_empty(weight.shape), weights, coefficients, biases, *masks, into)
-    dy, x = _ops.as_rows(dy), _ops.as_rows(x)
+    dy, x = shapes.as_rows(dy), shapes.as_rows(x)
     geometry = Geometry.of(x, dy, weights[0], (), (), ())
     recipe = Recipe(weights, coefficients)
     return wgrad.differentiate("mixed_linear_wgrad", dy, x, recipe, biases, asked, geometry, 1)

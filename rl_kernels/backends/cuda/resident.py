@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rl_kernels.backends import heuristics
+from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.cuda import configs
 from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.heuristics import Device, cdiv, device_of
+from rl_kernels.backends.gpu.heuristics import Device, cdiv, device_of
 
 ROWS = (16, 32, 64)
 """Features that there are kernels for."""

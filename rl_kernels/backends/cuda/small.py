@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rl_kernels.backends import heuristics
+from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.heuristics import WORKSPACE_BYTES, Device, cdiv, device_of
+from rl_kernels.backends.gpu.heuristics import WORKSPACE_BYTES, Device, cdiv, device_of
 
 TOKENS = (8, 16)
 """That there are kernels for."""

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from rl_kernels.backends import convolution, gpu, heuristics
-from rl_kernels.backends.gpu import arithmetic
+from rl_kernels.backends.gpu import convolution
+from rl_kernels.backends.gpu import operands
+from rl_kernels.backends.gpu import heuristics
+from rl_kernels.backends.gpu.operands import arithmetic
 from rl_kernels.backends.selection import Case, Variants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

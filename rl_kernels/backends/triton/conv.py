@@ -15,21 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl_kernels import _ops
-from rl_kernels.backends import heuristics
-from rl_kernels.backends.convolution import (
-    Geometry,
-    as_filter,
-    as_matrix,
-    as_pixels,
-    channels_innermost,
-    images_at_a_time,
-    is_product,
-    parts,
-    phases,
-)
-from rl_kernels.backends.gpu import Asked, Recipe, arithmetic, is_far, on_device, strides_of
-from rl_kernels.backends.heuristics import Config, Work, cdiv, choose
+from rl_kernels.ops import shapes
+from rl_kernels.backends.gpu import heuristics
+from rl_kernels.backends.gpu.convolution import Geometry, as_filter, as_matrix, as_pixels, channels_innermost, images_at_a_time, is_product, parts, phases
+from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, is_far, on_device, strides_of
+from rl_kernels.backends.gpu.heuristics import Config, Work, cdiv, choose
 from rl_kernels.backends.triton import configs, depthwise, linear, resident
 from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile, wgrad_tile
@@ -284,8 +274,8 @@ def mixed_conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    spatial = _ops.conv_output_size(x.shape[2:], weights[0].shape[2:], stride, padding, dilation)
-    memory_format = _ops.conv_memory_format(x, weights)
+    spatial = shapes.conv_output_size(x.shape[2:], weights[0].shape[2:], stride, padding, dilation)
+    memory_format = shapes.conv_memory_format(x, weights)
     size = (x.shape[0], weights[0].shape[0], *spatial)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if is_product(weights[0], stride, padding, groups, x, y):
@@ -308,7 +298,7 @@ def mixed_conv_dgrad(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    memory_format = _ops.conv_memory_format(dy, weights)
+    memory_format = shapes.conv_memory_format(dy, weights)
     dx = torch.empty(tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
     if is_product(weights[0], stride, padding, groups, dy, dx):
         return _multiply(dx, dy, weights, coefficients, None, transposed=True)
@@ -338,7 +328,7 @@ def mixed_conv_wgrad(
     groups: int,
     into: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    memory_format = _ops.conv_memory_format(x, weights)
+    memory_format = shapes.conv_memory_format(x, weights)
     masks = (weights_mask, coefficients_mask, biases_mask)
     if is_product(weights[0], stride, padding, groups, dy, x):
         matrices = [as_matrix(weight) for weight in weights]

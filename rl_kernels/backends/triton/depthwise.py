@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl_kernels.backends import heuristics
-from rl_kernels.backends.convolution import Geometry
-from rl_kernels.backends.gpu import Asked, Recipe, is_far, strides_of
-from rl_kernels.backends.heuristics import Config, Device, cdiv
+from rl_kernels.backends.gpu import heuristics
+from rl_kernels.backends.gpu.convolution import Geometry
+from rl_kernels.backends.gpu.operands import Asked, Recipe, is_far, strides_of
+from rl_kernels.backends.gpu.heuristics import Config, Device, cdiv
 from rl_kernels.backends.triton.epilogue import Epilogue
 from rl_kernels.backends.triton.geometry import (
     UNSPECIALISED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rl_kernels.backends.convolution import Geometry
+from rl_kernels.backends.gpu.convolution import Geometry
 
 # They differ from layer to layer, and are no strides of memory: nothing is gained by a kernel for each.
 UNSPECIALISED = list(Geometry._fields)

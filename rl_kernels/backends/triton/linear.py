@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl_kernels import _ops
-from rl_kernels.backends.gpu import Asked, Recipe, arithmetic, is_wide, on_device
-from rl_kernels.backends.heuristics import Work, cdiv, choose, device_of
+from rl_kernels.ops import shapes
+from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, is_wide, on_device
+from rl_kernels.backends.gpu.heuristics import Work, cdiv, choose, device_of
 from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile
 from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias, mixed_tile
@@ -287,7 +287,7 @@ def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, bia
     y = x.new_empty(*x.shape[:-1], weights[0].shape[0])
     if y.numel() > 0:
         strides = [weight.stride() for weight in weights]
-        multiply(_ops.as_rows(y), _ops.as_rows(x), weights, strides, coefficients, biases, transposed=False)
+        multiply(shapes.as_rows(y), shapes.as_rows(x), weights, strides, coefficients, biases, transposed=False)
     return y
 
 
@@ -295,7 +295,7 @@ def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tens
     dx = dy.new_empty(*dy.shape[:-1], weights[0].shape[1])
     if dx.numel() > 0:
         strides = [weight.stride()[::-1] for weight in weights]
-        multiply(_ops.as_rows(dx), _ops.as_rows(dy), weights, strides, coefficients, None, transposed=True)
+        multiply(shapes.as_rows(dx), shapes.as_rows(dy), weights, strides, coefficients, None, transposed=True)
     return dx
 
 
@@ -402,7 +402,7 @@ def mixed_linear_wgrad(
     into: Sequence[Tensor | None] | None = None,
     convolution: bool = False,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    dy, x = _ops.as_rows(dy), _ops.as_rows(x)
+    dy, x = shapes.as_rows(dy), shapes.as_rows(x)
     asked = Asked.of(
         lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
         weights,

@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rl_kernels import _ops
-from rl_kernels.backends import heuristics
-from rl_kernels.backends.heuristics import Config, Work, use_config
+from rl_kernels.ops import schema
+from rl_kernels.backends.gpu import heuristics
+from rl_kernels.backends.gpu.heuristics import Config, Work, use_config
 from rl_kernels.backends.triton import configs, conv, linear
 
 DEVICES = {"sm_80": heuristics.A100, "sm_90": heuristics.H100, "sm_100": heuristics.H100}
@@ -127,7 +127,7 @@ class Variant(NamedTuple):
     call: Callable[[], Any]
 
 
-def kernels(arch: str, ops: Collection[str] = tuple(_ops.SCHEMAS)) -> Iterator[Kernel]:
+def kernels(arch: str, ops: Collection[str] = tuple(schema.SCHEMAS)) -> Iterator[Kernel]:
     """Compile every kernel in every configuration that fits ``arch``, and some variants in one configuration each.
 
     Args:
@@ -161,7 +161,7 @@ def tf32(allowed: bool) -> Iterator[None]:
         products.allow_tf32 = before
 
 
-def variants(ops: Collection[str] = tuple(_ops.SCHEMAS)) -> Iterator[Variant]:
+def variants(ops: Collection[str] = tuple(schema.SCHEMAS)) -> Iterator[Variant]:
     """Every configuration of every op in bfloat16, or float32 where it is for that, and other recipes in one each."""
     recipes: tuple[dict[str, Any], ...] = (
         {"sources": 1},

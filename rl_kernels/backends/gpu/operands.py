@@ -1,0 +1,134 @@
+"""Operands as GPU kernels take them: strides, addresses' reach, gradients' buffers, arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rl_kernels.ops.shapes import empty_gradients
+from rl_kernels.ops.values import Gradients, Recipe, Wanted
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """Of (batch or out, channel, depth, height, width); 0 for dimensions that the tensor lacks."""
+    first, channel, *spatial = tensor.stride()
+    return (first, channel, *(0,) * (3 - len(spatial)), *spatial)
+
+
+def is_far(*tensors: Tensor) -> bool:
+    """Whether offsets within a tensor, with some room for what lies outside, may pass 2^31 elements."""
+    return any(
+        max(t.numel(), sum(size * stride for size, stride in zip(t.shape, t.stride(), strict=True))) >= 1 << 30
+        for t in tensors
+    )
+
+
+class StridedRecipe:
+    """A recipe, and how its tensors lie.
+
+    Attributes:
+        weights: the sources.
+        weight_strides: of each source, as ``strides_of``.
+        coefficients: ``(N,)`` or ``(N, out)``.
+        biases: N vectors, or None.
+        per_channel: whether each output channel has coefficients of its own.
+        strides: of the coefficients, from source to source and from channel to channel.
+        bytes: of one element of every source.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.weights = tuple(recipe.weights)
+        self.weight_strides = tuple(strides_of(weight) for weight in recipe.weights)
+        self.coefficients = recipe.coefficients
+        self.biases = recipe.biases
+        self.per_channel = recipe.per_channel
+        self.strides = (recipe.coefficients.stride(0), recipe.coefficients.stride(1) if self.per_channel else 0)
+        self.bytes = sum(weight.element_size() for weight in recipe.weights)
+
+    def strides_of_features(self, transposed: bool) -> tuple[tuple[int, ...], ...]:
+        """Of (feature, channel, depth, height, width), for W or, transposed, for the recipe of dgrad."""
+        if not transposed:
+            return self.weight_strides
+        return tuple((within, out, *taps) for out, within, *taps in self.weight_strides)
+
+    def vectors(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """The biases and their strides; stand-ins that are not read where there are none."""
+        if self.biases is None:
+            return self.weights, (0,) * len(self.weights)
+        return tuple(self.biases), tuple(bias.stride(0) for bias in self.biases)
+
+
+class GradientBuffers(NamedTuple):
+    """Where a wgrad writes.
+
+    Attributes:
+        gradients: what the op returns; the buffer of a source may be one of ``into``. Of what is not wanted: anything.
+        wanted: which of them are written.
+        added: of which sources they are added to what the buffer holds.
+    """
+
+    gradients: Gradients
+    wanted: Wanted
+    added: Sequence[bool]
+
+    @classmethod
+    def of(
+        cls,
+        like: Callable[[Tensor], Tensor],
+        recipe: Recipe,
+        wanted: Wanted,
+        into: Sequence[Tensor | None] | None,
+    ) -> GradientBuffers:
+        """For the arguments of a wgrad; ``like`` allocates a gradient, unless ``into`` has one to add to."""
+        into = into or [None] * len(recipe.weights)
+        new = [want and buffer is None for want, buffer in zip(wanted.weights, into, strict=True)]
+        made = empty_gradients(like, recipe, wanted._replace(weights=new))
+        weights = [empty if buffer is None else buffer for empty, buffer in zip(made.weights, into, strict=True)]
+        return cls(made._replace(weights=weights), wanted, [buffer is not None for buffer in into])
+
+
+def bits(mask: Sequence[bool]) -> int:
+    """A mask as an integer, bit j for element j."""
+    return sum(1 << j for j, wanted in enumerate(mask) if wanted)
+
+
+def is_wide(farthest_stride: int) -> bool:
+    """Whether offsets within a tile, of at most 256 in a direction, may pass 2^31 elements."""
+    return farthest_stride * 512 >= 1 << 31
+
+
+class Arithmetic(NamedTuple):
+    """How products are computed.
+
+    Attributes:
+        precision: of float32 operands, as Triton names it; ``"ieee"`` for other types, which have one only.
+        slowness: how much longer products take than in 16 bits.
+    """
+
+    precision: str
+    slowness: float
+
+
+HALF, TF32, IEEE = Arithmetic("ieee", 1.0), Arithmetic("tf32", 2.0), Arithmetic("ieee", 16.0)
+
+
+def arithmetic(dtype: torch.dtype, convolution: bool) -> Arithmetic:
+    """For operands of ``dtype``; float32 by torch's own switches, which differ for convolutions."""
+    if dtype != torch.float32:
+        return HALF
+    switches: Any = torch.backends.cudnn if convolution else torch.backends.cuda.matmul
+    newer = getattr(switches, "conv", switches)
+    if hasattr(newer, "fp32_precision"):  # torch 2.9, which raises where a user sets this one and the older is read.
+        return TF32 if newer.fp32_precision == "tf32" else IEEE
+    return TF32 if switches.allow_tf32 else IEEE
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on the tensor's device, which need not be the current one."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,66 @@
+"""``python -m rl_kernels plan``: the plan for a named model, as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import click
+from rich.console import Console
+
+from rl_kernels.conversion.zoo import build
+from rl_kernels.conversion.planner import plan
+from rl_kernels.conversion.plans import Level, Norms, Share
+from rl_kernels.conversion.targets import NAMED
+from rl_kernels.nn.coefficients import GRANULARITIES
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option("--every", type=int, default=4, show_default=True, help="Replace a block in this many.")
+@click.option("--offset", type=int, help="Number of the block at which the first falls due.  [default: as --every]")
+@click.option("--strict", is_flag=True, help="Skip what is due and cannot be replaced, instead of taking the next.")
+@click.option("--level", type=click.Choice(get_args(Level)), default="auto", show_default=True, help="What counts.")
+@click.option("--targets", type=click.Choice(list(NAMED)), multiple=True, help="Replace these only. Repeatable.")
+@click.option("--norms", type=click.Choice(get_args(Norms)), default="mixed", show_default=True)
+@click.option("--granularity", type=click.Choice(GRANULARITIES), default="scalar", show_default=True)
+@click.option("--share", type=click.Choice(get_args(Share)), help="Coefficients for each.  [default: block]")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Save the plan to this file too.")
+def plan_command(
+    model: str,
+    every: int,
+    offset: int | None,
+    strict: bool,
+    level: Level,
+    targets: tuple[str, ...],
+    norms: Norms,
+    granularity: str,
+    share: Share | None,
+    path: Path | None,
+) -> None:
+    """Show which blocks of MODEL would be replaced, and by which neighbours.
+
+    MODEL is the name of a torchvision or timm model or a transformers model type, looked for in this order:
+    resnet34, vit_tiny_patch16_224, bert; or timm/resnet18 for one library's.
+    """
+    try:
+        made = plan(
+            build(model),
+            every,
+            targets=targets or None,
+            offset=offset,
+            strict=strict,
+            level=level,
+            granularity=granularity,  # type: ignore[arg-type]
+            share=share,
+            norms=norms,
+        )
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    console = Console()
+    if console.is_terminal:
+        console.print(made)
+    else:
+        click.echo(str(made))
+    if path is not None:
+        made.save(path)

@@ -1,0 +1,106 @@
+"""Which blocks of a model are replaced, by which neighbours, and why others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, cast, get_args
+
+from torch import nn
+
+from rl_kernels.conversion.blocks import check_plain, count
+from rl_kernels.conversion.plans import Level, Norms, Options, Plan, Share, one_of
+from rl_kernels.conversion.targets import Target, Targets
+from rl_kernels.conversion.walk import find, stages, summary, walk
+from rl_kernels.nn.coefficients import Constraint, Granularity, Init
+
+
+def plan(
+    model: nn.Module,
+    every: int = 4,
+    *,
+    targets: Target | Sequence[Target] | None = None,
+    offset: int | None = None,
+    strict: bool = False,
+    level: Level = "auto",
+    init: Init = None,
+    constraint: Constraint = "free",
+    granularity: Granularity = "scalar",
+    detach: Collection[int] = (),
+    share: Share | None = None,
+    norms: Norms = "mixed",
+) -> Plan:
+    """Plan which blocks of ``model`` run on a mix of their neighbours' weights (Replacement Learning,
+    arXiv 2410.01239). The model stays as it is.
+
+    A block is a child of a container (``nn.Sequential``, ``nn.ModuleList``) that holds two adjacent children of one
+    class and equal parameter shapes, or children of a class that forms blocks elsewhere in the model. Blocks are
+    walked in order over the whole model. A replacement falls due ``every`` blocks after the last one, and goes to the
+    first block from there on that can be replaced: whose previous and next block in the same container have, for what
+    is to be replaced, equal shapes, and are kept themselves.
+
+    Args:
+        model: on any device, the meta device included.
+        every: at least 2, as the neighbours of a replaced block are kept.
+        targets: narrows what is replaced in a block (the paper's ViT: attention only). One or several of:
+            ``"attention"`` (``nn.MultiheadAttention``, and the linear layers of modules called so), ``"mlp"`` (linear
+            layers outside attention, and the layers of modules called so), ``"conv"``, ``"linear"``, ``"norm"``; a
+            class of layers, or of modules that hold them; a function of a layer's path and the layer. None for every
+            layer that can be replaced. Only what is replaced needs neighbours of its shape.
+        offset: number of the block, counted from 1, at which the first replacement falls due; ``every`` by default.
+        strict: a block that is due and cannot be replaced is skipped, and the next falls due ``every`` blocks later.
+        level: ``"block"``; ``"layer"``: every linear, convolution and attention layer that is a target counts as a
+            block, its neighbours being the previous and the next of its class and kernel size; ``"auto"``: the layers
+            where no block has neighbours of its shape.
+        init: initial coefficients, as ``rl_kernels.nn.ReplacementLayer`` has them: None, two numbers, or ``"fit"``.
+        constraint: ``"free"`` or ``"convex"``, as there.
+        granularity: ``"scalar"`` or ``"channel"``, as there.
+        detach: 0 or 1 or both: the neighbours (the previous, the next) that get no gradient from replaced blocks.
+        share: ``"block"``: one pair of coefficients for a replaced block, as in the paper; ``"layer"``: one for each
+            of its layers. None for ``"block"``, or ``"layer"`` where the granularity is ``"channel"``.
+        norms: ``"mixed"``: the affine parameters of a replaced block's norms are mixed too, unless ``targets`` leaves
+            them out; ``"own"``: they stay as they are. The paper does not say.
+
+    Returns:
+        The plan, for ``replace``. It also names what was due and skipped, and what stays a replaced block's own.
+
+    Raises:
+        ValueError: an argument out of its range, a model that holds replaced layers already, or one in which nothing
+            can be replaced; the message names the argument.
+        TypeError: an argument of another type.
+    """
+    check_plain(model)
+    _at_least("every", every, 2)
+    if offset is not None:
+        _at_least("offset", offset, 1)
+    one_of("level", level, get_args(Level))
+    options = Options(cast(Any, init), constraint, granularity, cast(Any, detach), share, norms)
+    chosen = Targets(targets, norms)
+
+    walked, slots = find(model, chosen, level)
+    name, first = ("every", every) if offset is None else ("offset", offset)
+    if first > len(slots):
+        raise ValueError(f"{name}: got {first}, expected at most {len(slots)}, the number of {walked}s in the model")
+    replaced, skipped = walk(slots, every, first, strict, options)
+    if not replaced:
+        raise ValueError(f"{name}: got {first}, but nothing due can be replaced: {summary(skipped)}")
+    return Plan(
+        model=type(model).__name__,
+        every=every,
+        offset=first,
+        strict=bool(strict),
+        targets=chosen.labels,
+        options=options,
+        level=walked,
+        fell_back=level == "auto" and walked == "layer",
+        stages=stages(slots),
+        replaced=tuple(replaced),
+        skipped=tuple(skipped),
+        parameters=count(model),
+    )
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")

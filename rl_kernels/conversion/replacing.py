@@ -1,0 +1,152 @@
+"""Carrying out a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from rl_kernels.conversion import encoder_fast_path
+from rl_kernels.conversion.blocks import (
+    Sharing,
+    check_plain,
+    class_of,
+    join,
+    replacement_for,
+    torch_class,
+    why_own,
+)
+from rl_kernels.conversion.plans import Options, Plan, PlannedLayer, ReplacedBlock
+from rl_kernels.nn import ReplacementLayer
+from rl_kernels.nn.coefficients import Init, initial_coefficients
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def replace(model: Model, plan: Plan) -> Model:
+    """Replace the layers that ``plan`` names, in place.
+
+    Do it before the optimizer is made: the layers' parameters go, and coefficients come. Coefficients are trainable
+    where a replaced parameter of their block was. Everything is checked before anything is changed. In
+    ``nn.TransformerEncoder`` torch's inference fast path is switched off, because it would read the weights of
+    replaced layers past them.
+
+    Args:
+        model: the model for which the plan was made, or another instance of it.
+        plan: from ``rl_kernels.plan`` or ``Plan.load``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: something else than a plan.
+        ValueError: a model that the plan does not fit, or one with replaced layers; the message names the layer.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan; see rl_kernels.plan")
+    check_plain(model)
+    if not plan.replaced:
+        raise ValueError("plan: got one that replaces nothing, expected at least one block")
+    sharing = Sharing(model)
+    blocks = [[_find(model, block, layer, sharing) for layer in block.layers] for block in plan.replaced]
+    _check_apart(blocks)
+    made = {path: layer for places in blocks for path, layer in _make(places, plan.options)}
+    source_paths = {place.path: place.source_paths for places in blocks for place in places}
+    for path, layer in made.items():
+        model.set_submodule(path, layer)
+        steps = [source.rpartition(".") for source in source_paths[path]]
+        layer.place_sources(*((model.get_submodule(parent), name) for parent, _, name in steps))
+    encoder_fast_path.switch_off(model)
+    return model
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A layer to be replaced, as it was found in the model."""
+
+    path: str
+    kind: type[ReplacementLayer]
+    own: nn.Module
+    sources: tuple[nn.Module, ...]
+    source_paths: tuple[str, ...]
+
+
+def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: Sharing) -> _Place:
+    path, *source_paths = (join(place, layer.path) for place in (block.path, *block.sources))
+    own = _layer(model, path)
+    if class_of(own).__name__ != layer.class_name:
+        raise ValueError(f"model: got {class_of(own).__name__} at {path}, expected {layer.class_name} as in the plan")
+    shapes = {name: tuple(parameter.shape) for name, parameter in own.named_parameters()}
+    if shapes != layer.shapes:
+        raise ValueError(f"model: got shapes {shapes} at {path}, expected {layer.shapes} as in the plan")
+    kind = replacement_for(own)
+    if kind is None:
+        raise ValueError(f"model: got {layer.class_name} at {path}, for which there is no replacement")
+    sources = tuple(_layer(model, place) for place in source_paths)
+    for place, module in zip((path, *source_paths), (own, *sources), strict=True):
+        source = torch_class(module)
+        reason = why_own(module, source) if source is not None else ""
+        if reason:
+            raise ValueError(f"model: got a layer at {place} that cannot be mixed: {reason}")
+    try:
+        kind.check_sources([*sources, own])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model: the layer at {path} and its neighbours do not fit: {error}") from error
+    elsewhere = sharing.explain(path, own)
+    if elsewhere:
+        raise ValueError(f"model: got shared parameters ({elsewhere}), expected those of replaced layers used once")
+    if any(getattr(module, hooks, None) for module in own.modules() for hooks in _HOOKS):
+        raise ValueError(f"model: got hooks at {path}, which would be lost; expected them to be registered afterwards")
+    return _Place(path, kind, own, sources, tuple(source_paths))
+
+
+def _layer(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"model: got {type(model).__name__} without {path}, expected it as in the plan") from None
+
+
+def _check_apart(blocks: Sequence[Sequence[_Place]]) -> None:
+    """Raise if a layer is replaced twice, or replaced and mixed from."""
+    places = [place for block in blocks for place in block]
+    taken = {id(source) for place in places for source in place.sources}
+    for place in places:
+        if id(place.own) in taken:
+            raise ValueError(f"plan: got {place.path} replaced twice or mixed from, expected neighbours to be kept")
+        taken.add(id(place.own))
+
+
+def _make(places: Sequence[_Place], options: Options) -> Iterator[tuple[str, ReplacementLayer]]:
+    """The new layers of a block with their paths. The first holds the coefficients that the others share."""
+    if options.share == "layer":
+        for place in places:
+            yield place.path, _with_coefficients(place, options.init, options, instead_of=[place])
+        return
+    init: Init = options.init
+    if isinstance(init, str):
+        pairs = [pair for place in places for pair in place.kind.fit_pairs(place.own, place.sources)]
+        init = initial_coefficients(init, len(places[0].sources), None, options.constraint, pairs)
+    first = _with_coefficients(places[0], init, options, instead_of=places)
+    yield places[0].path, first
+    for place in places[1:]:
+        borrowed = first.coefficient_module
+        yield place.path, place.kind(place.sources, own=place.own, detach=options.detach, coefficients=borrowed)
+
+
+def _with_coefficients(place: _Place, init: Init, options: Options, instead_of: Sequence[_Place]) -> ReplacementLayer:
+    made = place.kind(
+        place.sources,
+        own=place.own,
+        init=init,
+        constraint=options.constraint,
+        granularity=options.granularity,
+        detach=options.detach,
+    )
+    trained = any(parameter.requires_grad for place in instead_of for parameter in place.own.parameters())
+    made.coefficient_module.requires_grad_(trained)
+    return made

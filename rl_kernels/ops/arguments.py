@@ -1,0 +1,49 @@
+"""Arguments that every functional form takes, in the one form that the ops take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rl_kernels.ops import checks
+from rl_kernels.ops.mix import accumulate_dtype
+from rl_kernels.ops.sharding import as_distributed_as
+
+Coefficients = Tensor | Sequence[float | Tensor]
+
+
+def as_coefficients(
+    coefficients: Coefficients, sources: Sequence[Tensor], sources_name: str = "weights", name: str = "coefficients"
+) -> Tensor:
+    """``coefficients`` as one tensor, in the dtype in which ``sources`` mix. The names are for messages."""
+    checks.check_sources(sources_name, sources)
+    return as_distributed_as(sources[0], _joined(coefficients, sources, sources_name, name))
+
+
+def _joined(coefficients: Coefficients, sources: Sequence[Tensor], sources_name: str, name: str) -> Tensor:
+    dtype = accumulate_dtype(sources[0].dtype)
+    if isinstance(coefficients, Tensor):
+        if not coefficients.dtype.is_floating_point:
+            raise RuntimeError(f"{name}: got dtype {coefficients.dtype}, expected a floating-point dtype")
+        return coefficients if coefficients.dtype == dtype else coefficients.to(dtype)
+    if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
+        raise TypeError(
+            f"{name}: got {type(coefficients).__name__}, expected a tensor or a sequence of floats or "
+            "one-element tensors"
+        )
+    if len(coefficients) != len(sources):
+        raise RuntimeError(f"{name}: got {len(coefficients)}, expected {len(sources)} as there are {sources_name}")
+    device = sources[0].device
+    if not any(isinstance(c, Tensor) for c in coefficients):
+        return torch.tensor([float(c) for c in coefficients], dtype=dtype, device=device)
+    parts = []
+    for j, c in enumerate(coefficients):
+        part = c if isinstance(c, Tensor) else torch.tensor(float(c), dtype=dtype, device=device)
+        if part.numel() != 1:
+            raise RuntimeError(f"{name}[{j}]: got shape {tuple(part.shape)}, expected one element")
+        if part.device != device:
+            raise RuntimeError(f"{name}[{j}]: got device {part.device}, expected {device} as {sources_name}[0]")
+        parts.append(part.reshape(1).to(dtype))
+    return torch.cat(parts)
