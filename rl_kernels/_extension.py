@@ -101,7 +101,7 @@ def is_older_than_its_sources(
 EXTENSION = load(folder())
 
 
-def _declines(*arguments: Any) -> None:
+def _declines(*_: Any) -> None:
     return None
 
 
