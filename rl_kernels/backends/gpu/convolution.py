@@ -120,9 +120,7 @@ def channels_innermost(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def is_product(
-    weight: Tensor, geometry: Geometry, *activations: Tensor
-) -> bool:
+def is_product(weight: Tensor, geometry: Geometry, *activations: Tensor) -> bool:
     """Whether a convolution is a product of (pixels, channels), for activations that can be seen so."""
     stride, padding, _, groups = geometry
     points = groups == 1 and math.prod(weight.shape[2:]) == 1 and set(stride) == {1} and set(padding) == {0}

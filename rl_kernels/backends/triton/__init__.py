@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-from rl_kernels.backends.gpu import convolution
-from rl_kernels.backends.gpu import operands
-from rl_kernels.backends.gpu import heuristics
+from rl_kernels.backends.gpu import convolution, heuristics, operands
 from rl_kernels.backends.gpu.operands import arithmetic
 from rl_kernels.backends.selection import Case, Variants
 

@@ -6,8 +6,8 @@ import functools
 import math
 
 from rl_kernels.backends.gpu import heuristics
-from rl_kernels.backends.gpu.operands import IEEE, Arithmetic
 from rl_kernels.backends.gpu.heuristics import Config, Device, Work
+from rl_kernels.backends.gpu.operands import IEEE, Arithmetic
 
 PRODUCT_CONFIGS = (
     Config(128, 256, 64, 8, 3),  # reads the activation's tile once for 128 rows: shared memory binds least

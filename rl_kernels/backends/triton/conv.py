@@ -15,11 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl_kernels.ops import shapes
 from rl_kernels.backends.gpu import heuristics
-from rl_kernels.backends.gpu.convolution import Geometry, as_filter, as_matrix, as_pixels, channels_innermost, images_at_a_time, is_product, parts, phases
-from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, is_far, on_device, strides_of
+from rl_kernels.backends.gpu.convolution import (
+    Geometry,
+    as_filter,
+    as_matrix,
+    as_pixels,
+    channels_innermost,
+    images_at_a_time,
+    is_product,
+    parts,
+    phases,
+)
 from rl_kernels.backends.gpu.heuristics import Config, Work, cdiv, choose
+from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, is_far, on_device, strides_of
 from rl_kernels.backends.triton import configs, depthwise, linear, resident
 from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile, wgrad_tile
@@ -34,6 +43,7 @@ from rl_kernels.backends.triton.geometry import (
 )
 from rl_kernels.backends.triton.linear import GROUP, dot, reduce_product, tile_of
 from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias, mixed_tile
+from rl_kernels.ops import shapes
 
 # The largest product spills: beside its sums there are the pixels' coordinates to keep. One more is for 64 features.
 CONV_CONFIGS = (*PRODUCT_CONFIGS[1:3], Config(64, 256, 32, 8, 4), *PRODUCT_CONFIGS[3:])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.convolution import Geometry
-from rl_kernels.backends.gpu.operands import Asked, Recipe, is_far, strides_of
 from rl_kernels.backends.gpu.heuristics import Config, Device, cdiv
+from rl_kernels.backends.gpu.operands import Asked, Recipe, is_far, strides_of
 from rl_kernels.backends.triton.epilogue import Epilogue
 from rl_kernels.backends.triton.geometry import (
     UNSPECIALISED,

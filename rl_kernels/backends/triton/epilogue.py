@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl_kernels.backends.gpu.operands import Asked, Recipe, bits, is_wide, strides_of
 from rl_kernels.backends.gpu.heuristics import Config, cdiv
+from rl_kernels.backends.gpu.operands import Asked, Recipe, bits, is_wide, strides_of
 from rl_kernels.backends.triton.geometry import tap_of, tap_pointers
 from rl_kernels.backends.triton.mix import load_factors
 

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl_kernels.ops import shapes
-from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, is_wide, on_device
 from rl_kernels.backends.gpu.heuristics import Work, cdiv, choose, device_of
+from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, is_wide, on_device
 from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile
 from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias, mixed_tile
+from rl_kernels.ops import shapes
 
 GROUP = 8
 """Tiles of rows that run beside one another, and share the activation's tiles in L2."""

@@ -22,10 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rl_kernels.ops import schema
 from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.heuristics import Config, Work, use_config
 from rl_kernels.backends.triton import configs, conv, linear
+from rl_kernels.ops import schema
 
 DEVICES = {"sm_80": heuristics.A100, "sm_90": heuristics.H100, "sm_100": heuristics.H100}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

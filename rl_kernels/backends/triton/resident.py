@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rl_kernels.backends.gpu.convolution import Geometry
-from rl_kernels.backends.gpu.operands import Recipe, is_far, strides_of
 from rl_kernels.backends.gpu.heuristics import Config
+from rl_kernels.backends.gpu.operands import Recipe, is_far, strides_of
 from rl_kernels.backends.triton.geometry import (
     UNSPECIALISED,
     is_inside,
