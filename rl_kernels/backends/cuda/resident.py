@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from rl_kernels.backends.cuda import configs
-from rl_kernels.backends.cuda.configs import KERNELS
+from rl_kernels.backends.cuda.configs import KERNELS, Facts
 from rl_kernels.backends.cuda.params import COPIED_BYTES
 from rl_kernels.backends.cuda.product import Product
 from rl_kernels.backends.gpu import heuristics
@@ -32,31 +33,40 @@ def plan(product: Product) -> Plan | None:
     few = product.features <= ROWS[-1] and product.channels <= ROWS[-1] and product.taps <= MAX_TAPS
     if heuristics.forced() is not None or not few:
         return None
-    device = device_of(product.activation.device)
-    return next(filter(None, (_plan(product, stages, device) for stages in configs.STAGES)), None)
+    facts, device = KERNELS[_kernel(product)], device_of(product.activation.device)
+    return _plan(facts, _steps(product, facts), product.pixels, product.groups, device)
 
 
-def _plan(product: Product, stages: int, device: Device) -> Plan | None:
-    at_once = min(device.shared_bytes // shared_bytes(product, stages), BLOCKS_AT_ONCE)
-    tiles = product.pixels // KERNELS[_kernel(product)].columns
-    blocks = min(cdiv(device.multiprocessors * at_once, product.groups), tiles // TILES_A_BLOCK)
-    return Plan(blocks, stages) if blocks * product.groups >= device.multiprocessors else None
+@functools.lru_cache(maxsize=1024)
+def _plan(facts: Facts, steps: int, pixels: int, groups: int, device: Device) -> Plan | None:
+    """With as many stages as leave the device full."""
+    tiles = pixels // facts.columns
+    for stages in configs.STAGES:
+        at_once = min(device.shared_bytes // _shared_bytes(facts, steps, stages), BLOCKS_AT_ONCE)
+        blocks = min(cdiv(device.multiprocessors * at_once, groups), tiles // TILES_A_BLOCK)
+        if blocks * groups >= device.multiprocessors:
+            return Plan(blocks, stages)
+    return None
 
 
 def multiply(product: Product, how: Plan) -> None:
     """Write ``product.out``."""
     kernel = _kernel(product)
+    facts = KERNELS[kernel]
     params = product.params(product.out, stages=how.stages)
-    blocks = min(how.blocks, cdiv(product.pixels, KERNELS[kernel].columns))
-    product.launch(kernel, (blocks, product.groups, 1), shared_bytes(product, how.stages), params)
+    blocks = min(how.blocks, cdiv(product.pixels, facts.columns))
+    shared_bytes = _shared_bytes(facts, _steps(product, facts), how.stages)
+    product.launch(kernel, (blocks, product.groups, 1), shared_bytes, params)
 
 
-def shared_bytes(product: Product, stages: int) -> int:
-    """Shared memory for the filter, the stages of the activation, a tile of results, and where chunks lie."""
-    facts = KERNELS[_kernel(product)]
-    # Chunks are of the channels of one tap each, of which the last are filled up.
+def _steps(product: Product, facts: Facts) -> int:
+    """Steps of the sum. Chunks are of the channels of one tap each, of which the last are filled up."""
     chunks = product.taps * cdiv(product.channels * product.activation.element_size(), COPIED_BYTES)
-    steps = max(1, cdiv(chunks, facts.depth_bytes // COPIED_BYTES))
+    return max(1, cdiv(chunks, facts.depth_bytes // COPIED_BYTES))
+
+
+def _shared_bytes(facts: Facts, steps: int, stages: int) -> int:
+    """Shared memory for the filter and where its chunks lie, the stages of the activation, and a tile of results."""
     return steps * facts.step_bytes + stages * facts.stage_bytes + facts.epilogue_bytes
 
 
