@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from tests.emulated.compilers import compiled
-from tests.emulated.machine.launch import Launched, Output, run, run_triton
+from tests.emulated.machine.launch import Output, run
+from tests.emulated.machine.launch_triton import Launched, run_triton
 from tests.emulated.machine.memory import Fault
 
 SOURCE = Path(__file__).parent / "kernels.cu"
@@ -155,7 +156,7 @@ def product() -> tuple[Launched, torch.Tensor]:
     """A launch of the linear product in three stages, and what is right in float64."""
     from rl_kernels.backends.gpu.heuristics import Config, use_config
     from rl_kernels.backends.triton import linear
-    from tests.emulated.machine.launch import catching
+    from tests.emulated.machine.launch_triton import catching
 
     torch.manual_seed(0)
     x, weights = torch.randn(20, 112).bfloat16(), [torch.randn(24, 112).bfloat16() for _ in range(2)]

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 from rl_kernels.backends import reference
 from rl_kernels.backends.gpu.heuristics import Config, use_config
 from rl_kernels.backends.triton import conv, linear, offline
-from tests.emulated.machine.launch import Launched, catching, run_triton
+from tests.emulated.machine.launch_triton import Launched, catching, run_triton
 
 TOLERANCE = {torch.float32: 3e-3, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 CONFIG = Config(32, 32, 32, 4, 3)
