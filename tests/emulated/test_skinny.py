@@ -129,9 +129,9 @@ def test_repeats() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "caught"),
     [
-        ("sum = {x < depth ? sum.x : 0.0f, y < depth ? sum.y : 0.0f};", "", AssertionError),
+        ("sum = {x < depth_ ? sum.x : 0.0f, y < depth_ ? sum.y : 0.0f};", "", AssertionError),
         ("  __syncthreads();\n", "", Fault),
-        ("min(8 * across + lane / 4, p.pixels - 1)", "(8 * across + lane / 4)", Fault),
+        ("min(8 * across + lane_ / 4, p.pixels - 1)", "(8 * across + lane_ / 4)", Fault),
     ],
 )
 def test_planted_faults(old: str, new: str, caught: type[Exception]) -> None:
