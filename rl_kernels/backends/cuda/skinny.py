@@ -1,18 +1,16 @@
-"""Products of few tokens, as fast as the sources can be read: the host's side of ``csrc/cuda/small.cuh``."""
+"""Products of few tokens, as fast as the sources can be read: the host's side of ``csrc/cuda/skinny.cuh``."""
 
 from __future__ import annotations
 
+from rl_kernels.backends.cuda.configs import KERNELS
 from rl_kernels.backends.cuda.product import Product
 from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.heuristics import WORKSPACE_BYTES, Device, cdiv, device_of
 
-TOKENS = (8, 16)
-"""That there are kernels for."""
-THREADS = 256
-TURN_BYTES = 1024
-"""Of a row along the sum, that a block takes at a time: a step of its splits."""
+TOKENS = tuple(sorted({facts.columns for name, facts in KERNELS.items() if name.startswith("skinny_")}))
+"""Numbers of tokens that there are kernels for."""
 BLOCKS_AT_ONCE = 2
-"""On a multiprocessor."""
+"""How many blocks are on a multiprocessor."""
 
 
 def serves(product: Product) -> bool:
@@ -22,16 +20,17 @@ def serves(product: Product) -> bool:
 
 def multiply(product: Product, splits: int | None = None) -> None:
     """Write ``product.out``; ``splits`` of the sum instead of as many as fill the device."""
-    itemsize = product.activation.element_size()
-    blocks = cdiv(product.features, 128 // itemsize if product.transposed else 32)
-    turns = max(1, cdiv(product.channels, TURN_BYTES // itemsize))
+    tokens = next(tokens for tokens in TOKENS if product.pixels <= tokens)
+    kernel = f"skinny_{product.kind}_{tokens}_{product.element}"
+    facts = KERNELS[kernel]
+    blocks = cdiv(product.features, facts.rows)
+    turns = max(1, cdiv(product.channels, facts.depth_bytes // product.activation.element_size()))
     most = splits or _splits(blocks, turns, 4 * product.out.numel(), device_of(product.activation.device))
     steps = cdiv(turns, most)
     splits = splits or cdiv(turns, steps)
     shares = product.shares(splits)
     params = product.params(shares, steps, splits)
-    tokens = next(tokens for tokens in TOKENS if product.pixels <= tokens)
-    product.launch(f"small_{product.kind}_{tokens}", (blocks, 1, splits), THREADS, 0, params)
+    product.launch(kernel, (blocks, 1, splits), 0, params)
     if splits > 1:
         product.reduce(params, shares)
 

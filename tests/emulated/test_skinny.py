@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.backends.cuda import small
+from rl_kernels.backends.cuda import skinny
 from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.gpu.convolution import Geometry
+from rl_kernels.backends.gpu.convolution import Correlation
 from rl_kernels.backends.gpu.heuristics import cdiv
-from rl_kernels.backends.gpu.operands import Recipe
+from rl_kernels.backends.gpu.operands import StridedRecipe
+from rl_kernels.ops.values import Recipe
 from tests.emulated.backend import Edit, emulated
 from tests.emulated.exact import assert_near, mixed, operand
 from tests.emulated.machine.memory import Fault
@@ -52,13 +53,13 @@ class Problem:
 
     def run(self, splits: int = 1, seed: int = 0, edit: Edit | None = None) -> Tensor:
         """The result, by the kernel that serves the problem."""
-        geometry = Geometry.of(self.activation, self.out, self.weights[0], (), (), ())
-        recipe = Recipe(self.weights, self.coefficients)
+        correlation = Correlation.of_linear(self.activation, self.out, self.weights[0])
+        recipe = StridedRecipe(Recipe(self.weights, self.coefficients, self.biases))
         op = "mixed_linear_dgrad" if self.transposed else "mixed_linear"
         with emulated(seed, edit=edit) as launched:
-            product = Product(op, self.out, self.activation, recipe, self.biases, geometry, 1, self.transposed)
-            small.multiply(product, splits)
-        assert launched[0].startswith("small")
+            product = Product(op, self.out, self.activation, recipe, correlation, transposed=self.transposed)
+            skinny.multiply(product, splits)
+        assert launched[0].startswith("skinny")
         return self.out
 
     @property
@@ -90,7 +91,7 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
         (12, 46, 90, F32, "padded", 1, {"sources": 2, "per_channel": True}),
     ],
 )
-def test_small(
+def test_skinny(
     tokens: int,
     features: int,
     reduction: int,
@@ -128,11 +129,11 @@ def test_repeats() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "caught"),
     [
-        ("sum = {x < depth ? sum.x : 0.0f, y < depth ? sum.y : 0.0f};", "", AssertionError),
+        ("sum = {x < depth_ ? sum.x : 0.0f, y < depth_ ? sum.y : 0.0f};", "", AssertionError),
         ("  __syncthreads();\n", "", Fault),
-        ("min(8 * across + lane / 4, p.pixels - 1)", "(8 * across + lane / 4)", Fault),
+        ("min(8 * across + lane_ / 4, p.pixels - 1)", "(8 * across + lane_ / 4)", Fault),
     ],
 )
 def test_planted_faults(old: str, new: str, caught: type[Exception]) -> None:
     with pytest.raises(caught):
-        infinite(False, ("small.cuh", old, new))
+        infinite(False, ("skinny.cuh", old, new))
