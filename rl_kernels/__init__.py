@@ -7,18 +7,18 @@ except ImportError as error:
         "rl_kernels needs PyTorch, and never installs it: install the torch build for your machine"
     ) from error
 
-__version__ = "0.1.0"  # which the backends read
-
 from importlib import import_module as _import_module
 from typing import Any as _Any
 
-from rl_kernels import functional, nn
-from rl_kernels.ops.accumulation import accumulate_into_grad
-from rl_kernels.backends import backends
+from rl_kernels import _moved, backends, functional, nn
+from rl_kernels._version import __version__
+from rl_kernels.backends import services
 from rl_kernels.backends.selection import use_backend
 from rl_kernels.conversion import Plan, load_plain_state_dict, merge, plan, replace
+from rl_kernels.ops.accumulation import accumulate_into_grad
 
 __all__ = [
+    "__version__",
     "functional",
     "nn",
     "plan",
@@ -26,10 +26,13 @@ __all__ = [
     "merge",
     "load_plain_state_dict",
     "Plan",
-    "backends",
+    "services",
     "use_backend",
     "accumulate_into_grad",
 ]
+
+_moved.find_moved_modules()
+_moved.still_callable(backends, services)
 
 
 def __getattr__(name: str) -> _Any:

@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as aten
 from torch import Tensor
 
-from rl_kernels.ops import checks
-from rl_kernels.ops.arguments import Coefficients, as_coefficients
-from rl_kernels.ops.attention import mixed_multi_head_attention
-from rl_kernels.ops.autograd import CONV, LINEAR, mixed_forward
 from rl_kernels._extension import mixed_conv_call, mixed_linear_call
+from rl_kernels.ops.arguments import CoefficientsLike, as_coefficients
+from rl_kernels.ops.attention import mixed_multi_head_attention
+from rl_kernels.ops.autograd import CONV, LINEAR, mixed_forward, mixed_forward_in_python
+from rl_kernels.ops.checks import check_coefficients, check_sources
 from rl_kernels.ops.mix import mix as _mix
+from rl_kernels.ops.values import Geometry, Recipe
 
 __all__ = [
     "mixed_linear",
@@ -35,11 +36,11 @@ __all__ = [
     "mixed_conv3d",
     "mixed_multi_head_attention",
     "mix",
-    "Coefficients",
+    "CoefficientsLike",
 ]
 
 
-def mix(weights: Sequence[Tensor], coefficients: Coefficients) -> Tensor:
+def mix(weights: Sequence[Tensor], coefficients: CoefficientsLike) -> Tensor:
     """Evaluate the recipe: ``sum_j c_j * W_j`` as a tensor, differentiably.
 
     For merging, for vectors such as a norm's affine parameters, and for tests: the layers' functions evaluate it a
@@ -53,16 +54,17 @@ def mix(weights: Sequence[Tensor], coefficients: Coefficients) -> Tensor:
         A tensor shaped as a source, in its dtype: summed in source order in float32 (float64 for float64), rounded
         once.
     """
+    check_sources("weights", weights)
     mixing = as_coefficients(coefficients, weights)
     first = weights[0]
     if first.dim() == 0:
         raise RuntimeError("weights[0]: got a 0-dimensional tensor, expected at least one dimension")
-    checks.check_coefficients(mixing, len(weights), first.shape[0], first.device, first.dtype)
+    check_coefficients(mixing, weights)
     return _mix(weights, mixing)
 
 
 def mixed_linear(
-    x: Tensor, weights: Sequence[Tensor], coefficients: Coefficients, biases: Sequence[Tensor] | None = None
+    x: Tensor, weights: Sequence[Tensor], coefficients: CoefficientsLike, biases: Sequence[Tensor] | None = None
 ) -> Tensor:
     """``y = x W^T + b`` with ``W = sum_j c_j * W_j`` and ``b = sum_j c_j * b_j``.
 
@@ -75,17 +77,26 @@ def mixed_linear(
     Returns:
         ``(*, out_features)``.
     """
-    if not torch.compiler.is_compiling():
+    offered = _is_read_by_cpp(coefficients)
+    if offered:
         y = mixed_linear_call(x, weights, coefficients, biases)
         if y is not None:
             return y
-    return mixed_forward(LINEAR, x, weights, as_coefficients(coefficients, weights), biases)
+    recipe = Recipe(weights, as_coefficients(coefficients, weights), biases)
+    return mixed_forward_in_python(LINEAR, x, recipe) if offered else mixed_forward(LINEAR, x, recipe)
+
+
+def _is_read_by_cpp(coefficients: CoefficientsLike) -> bool:
+    """Whether the fast path is offered a call as it stands, and not once its arguments are in the ops' form."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (isinstance(coefficients, list | tuple) and any(isinstance(c, Tensor) for c in coefficients))
 
 
 def mixed_conv1d(
     x: Tensor,
     weights: Sequence[Tensor],
-    coefficients: Coefficients,
+    coefficients: CoefficientsLike,
     biases: Sequence[Tensor] | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
@@ -107,13 +118,13 @@ def mixed_conv1d(
     Returns:
         ``(batch, out_channels, length)``, unbatched where x is.
     """
-    return _mixed_conv(1, x, weights, coefficients, biases, stride, padding, dilation, groups)
+    return _mixed_conv(1, x, weights, coefficients, biases, (stride, padding, dilation, groups))
 
 
 def mixed_conv2d(
     x: Tensor,
     weights: Sequence[Tensor],
-    coefficients: Coefficients,
+    coefficients: CoefficientsLike,
     biases: Sequence[Tensor] | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
@@ -124,13 +135,13 @@ def mixed_conv2d(
 
     The result is channels_last where ``x`` or ``weights[0]`` is, as torch's.
     """
-    return _mixed_conv(2, x, weights, coefficients, biases, stride, padding, dilation, groups)
+    return _mixed_conv(2, x, weights, coefficients, biases, (stride, padding, dilation, groups))
 
 
 def mixed_conv3d(
     x: Tensor,
     weights: Sequence[Tensor],
-    coefficients: Coefficients,
+    coefficients: CoefficientsLike,
     biases: Sequence[Tensor] | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
@@ -141,7 +152,7 @@ def mixed_conv3d(
 
     The result is channels_last_3d where ``x`` or ``weights[0]`` is, as torch's.
     """
-    return _mixed_conv(3, x, weights, coefficients, biases, stride, padding, dilation, groups)
+    return _mixed_conv(3, x, weights, coefficients, biases, (stride, padding, dilation, groups))
 
 
 def _one_a_dimension(name: str, value: int | Sequence[int], spatial: int) -> list[int]:
@@ -157,14 +168,14 @@ def _mixed_conv(
     spatial: int,
     x: Tensor,
     weights: Sequence[Tensor],
-    coefficients: Coefficients,
+    coefficients: CoefficientsLike,
     biases: Sequence[Tensor] | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-    groups: int,
+    geometry: tuple[int | Sequence[int], int | Sequence[int] | str, int | Sequence[int], int],
 ) -> Tensor:
-    if not torch.compiler.is_compiling():
+    stride, padding, dilation, groups = geometry
+    batched = isinstance(x, Tensor) and x.dim() == spatial + 2
+    offered = batched and not isinstance(padding, str) and _is_read_by_cpp(coefficients)
+    if offered:
         y = mixed_conv_call(x, weights, coefficients, biases, spatial, stride, padding, dilation, groups)
         if y is not None:
             return y
@@ -184,13 +195,14 @@ def _mixed_conv(
     dilations = _one_a_dimension("dilation", dilation, spatial)
     # A dilated kernel of 1 is one of 1; oneDNN crashes on some of them in bfloat16 (size 1, stride 2, padding 1).
     dilations = [dil if size > 1 or dil < 1 else 1 for dil, size in zip(dilations, weights[0].shape[2:], strict=True)]
-    batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+    images = x if batched else x.unsqueeze(0)
     if isinstance(padding, str):
-        batched, pads = _pad_by_name(padding, batched, weights[0].shape[2:], strides, dilations)
+        images, pads = _pad_by_name(padding, images, weights[0].shape[2:], strides, dilations)
     else:
         pads = _one_a_dimension("padding", padding, spatial)
-    y = mixed_forward(CONV, batched, weights, mixing, biases, (strides, pads, dilations, groups))
-    return y if x.dim() == spatial + 2 else y.squeeze(0)
+    forward = mixed_forward_in_python if offered else mixed_forward
+    y = forward(CONV, images, Recipe(weights, mixing, biases), Geometry(strides, pads, dilations, groups))
+    return y if batched else y.squeeze(0)
 
 
 def _pad_by_name(
@@ -208,3 +220,9 @@ def _pad_by_name(
         # torch puts the odd one at the end.
         x = aten.pad(x, [side for pad in reversed(total) for side in (0, pad % 2)])
     return x, [pad // 2 for pad in total]
+
+
+def __getattr__(name: str) -> object:
+    from rl_kernels._moved import renamed
+
+    return renamed(__name__, name, {"Coefficients": ("CoefficientsLike", CoefficientsLike)})

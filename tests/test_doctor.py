@@ -4,8 +4,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from rl_kernels.commands import doctor
 from rl_kernels.backends import registered, selection, streamed
+from rl_kernels.commands import doctor
 from rl_kernels.commands.doctor import doctor_command
 
 

@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 
 import rl_kernels as rl
-from rl_kernels.commands import doctor
 from rl_kernels._extension import RECORD, Extension, load
 from rl_kernels.backends import Case, cpu
 from rl_kernels.backends.cuda import extension as cuda
+from rl_kernels.commands import doctor
 from rl_kernels.commands.doctor import doctor_command
 
 LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

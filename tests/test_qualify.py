@@ -14,14 +14,13 @@ import torch
 from click.testing import CliRunner, Result
 
 import rl_kernels as rl
-from rl_kernels.qualify import problems
-from rl_kernels.qualify import command
 from rl_kernels._extension import EXTENSION, mixed_linear_call
-from rl_kernels.qualify.problems import Problem
 from rl_kernels.backends import Backend, Case, registered, selection, streamed, triton
 from rl_kernels.backends import record_store as gates
 from rl_kernels.backends.record_store import Gate
 from rl_kernels.backends.records import Point, Record, Verdict
+from rl_kernels.qualify import problems
+from rl_kernels.qualify.problems import Problem
 
 LINEAR = [Problem(4, 32, 32), Problem(64, 32, 32)]
 CONV = [Problem(1, 8, 8, (3, 3), (6, 6), padding=1)]
@@ -33,8 +32,8 @@ def plant(tmp_path: Path) -> Iterator[Callable[[Kernel], None]]:
     """Puts a backend before all others, on a small grid and with an empty cache folder; auto is asked for."""
     with pytest.MonkeyPatch.context() as patch, rl.use_backend("auto"):
         patch.setenv(gates.CACHE_VARIABLE, str(tmp_path))
-        patch.setattr(qualify, "grid", lambda op, device, quick: LINEAR if "linear" in op else CONV)
-        patch.setattr(qualify, "checks", lambda op: problems.checks(op)[:3])
+        patch.setattr(command, "grid", lambda op, device, quick: LINEAR if "linear" in op else CONV)
+        patch.setattr(command, "checks", lambda op: problems.checks(op)[:3])
 
         def put(kernel: Kernel) -> None:
             gate = Gate("planted", needed=True, files=lambda: [Path(__file__)])
@@ -48,7 +47,7 @@ def plant(tmp_path: Path) -> Iterator[Callable[[Kernel], None]]:
 
 def run(*options: str) -> Result:
     command = ["--device", "cpu", "--dtype", "float32", "--quick", *options]
-    return CliRunner().invoke(qualify.qualify_command, command, env={"COLUMNS": "250"})
+    return CliRunner().invoke(command.qualify_command, command, env={"COLUMNS": "250"})
 
 
 def reason(backend: str = "planted", op: str = "mixed_linear") -> str:
@@ -69,13 +68,13 @@ def test_a_kernel_that_is_right_and_fast_is_enabled(
     plant(fast)
     assert reason() == "not qualified: no record for this device; run python -m rl_kernels qualify"
     assert serving() != "planted"
-    honest = qualify._kernel
+    honest = command._kernel
 
     def handicapped(name: str, op: str) -> Kernel:
         kernel = honest(name, op)
         return kernel if name == "reference" else lambda *arguments: (time.sleep(1e-3), kernel(*arguments))
 
-    monkeypatch.setattr(qualify, "_kernel", handicapped)
+    monkeypatch.setattr(command, "_kernel", handicapped)
     result = run("--backend", "planted", "--json")
     assert result.exit_code == 0, result.output
     (record,) = json.loads(result.stdout)
@@ -169,7 +168,7 @@ def put_record(folder: Path, name: str, points: tuple[Point, ...], passed: bool 
     here = gate.here(torch.device("cpu"))
     record = Record(name, here.architecture, "", here.driver, here.compiler, here.sources, "", "")
     verdict = Verdict("mixed_linear", "float32", passed, "planted")
-    qualify.write(replace(record, verdicts=(verdict,), points=points), folder)
+    command.write(replace(record, verdicts=(verdict,), points=points), folder)
     selection.refresh()
 
 
@@ -257,5 +256,5 @@ def test_the_problems_are_calls_that_every_op_accepts(op: str) -> None:
         full, quick = (problems.grid(op, device, quick) for quick in (False, True))
         assert 0 < len(quick) < len(full)
         assert set(quick) <= set(full)
-    first = problems.checks(op)[: qualify.FORCED_PROBLEMS]
+    first = problems.checks(op)[: command.FORCED_PROBLEMS]
     assert all(problem.sources == 2 and not problem.halved for problem in first)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from rl_kernels.backends import cpu, cuda, reference, selection, streamed, triton
+from rl_kernels.backends import cpu, reference, selection, streamed
 from rl_kernels.backends.case import Case
 from rl_kernels.backends.contract import Backend
 from rl_kernels.backends.selection import register, registered
@@ -18,8 +17,21 @@ from rl_kernels.ops.values import Call
 __all__ = ["Backend", "Case", "Service", "Services", "register", "registered", "services"]
 
 # In the order in which auto tries them.
-for _module in (cpu, triton, cuda, streamed, reference):
-    register(_module.BACKEND)
+register(cpu.BACKEND)
+try:  # temporary
+    from rl_kernels.backends import triton
+
+    register(triton.BACKEND)
+except (ImportError, AttributeError):
+    pass
+try:  # temporary
+    from rl_kernels.backends import cuda
+
+    register(cuda.BACKEND)
+except (ImportError, AttributeError):
+    pass
+register(streamed.BACKEND)
+register(reference.BACKEND)
 
 
 def _implement(op: Op) -> None:
@@ -39,7 +51,7 @@ def _implement(op: Op) -> None:
         return tuple(selection.run(call))
 
     LIBRARY.impl(op.name, run, "CompositeExplicitAutograd")
-    if op.in_place:
+    if op.in_place_overload is not None:
         LIBRARY.impl(f"{op.name}_", run_in_place, "CompositeExplicitAutograd")
 
 

@@ -16,7 +16,6 @@ from rl_kernels.backends.record_store import RecordStore
 from rl_kernels.ops.schema import OPS
 from rl_kernels.ops.values import Call
 
-
 Variants = Iterable[tuple[str, Callable[[], AbstractContextManager[Any]]]]
 
 

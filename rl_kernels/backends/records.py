@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rl_kernels.ops.shapes import conv_output_size, is_channels_last
 from rl_kernels.ops.values import Call

@@ -105,7 +105,7 @@ class Reference(Backend):
     summary = "plain torch on a materialised weight: the meaning"
     kernels = kernels_in(linear=__name__, conv=__name__)
 
-    def why_not(self, case: Case) -> str | None:  # noqa: ARG002
+    def why_not(self, case: Case) -> str | None:
         """None: it runs anything."""
         return None
 

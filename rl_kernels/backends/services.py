@@ -64,8 +64,8 @@ def services(device: str | torch.device | None = None, dtype: torch.dtype = torc
         for backend in registered():
             cannot = backend.why_not(case)
             serves = cannot is None and backend.name == serving
-            reason = cannot or (_why_serving(backend, case, name) if serves else _why_idle(backend, case, name, serving))
-            found.append(Service(case, backend.name, serves, reason))
+            why = _why_serving(backend, case, name) if serves else _why_idle(backend, case, name, serving)
+            found.append(Service(case, backend.name, serves, cannot or why))
     return Services(found)
 
 

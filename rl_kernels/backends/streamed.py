@@ -22,8 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rl_kernels.ops import shapes
-from rl_kernels.ops.mix import accumulate_dtype, factors, mix
+from rl_kernels.backends.case import Case
+from rl_kernels.backends.contract import Backend, kernels_in
+from rl_kernels.ops.mix import accumulate_dtype, factors, mixed_bias
+from rl_kernels.ops.shapes import as_rows, conv_memory_format, empty_conv_input, empty_conv_output, empty_gradients
+from rl_kernels.ops.values import Geometry, Gradients, Recipe, Wanted
 
 WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 """The most memory a call takes beyond its outputs, by device type. Other devices: as the CPU."""
@@ -34,7 +37,7 @@ _LINEAR_PANEL = {"cpu": 1 << 18, "cuda": 1 << 22}
 _BYTES_AN_ELEMENT = 16
 """What an element of a panel costs at most: the float64 panel and a product; or float32 sums, a term and the panel."""
 
-_SHORTEST_RUN = {torch.float64: 256, torch.float32: 512, torch.bfloat16: 32, torch.float16: 32}
+_MIN_RUN = {torch.float64: 256, torch.float32: 512, torch.bfloat16: 32, torch.float16: 32}
 """Columns of a dgrad panel at least: shorter contiguous runs waste memory bandwidth. Fewer in half precision, where
 taller panels come first: a sum over row blocks rounds at each."""
 
@@ -44,7 +47,7 @@ def workspace_bytes(device: torch.device | str) -> int:
     return WORKSPACE_BYTES.get(torch.device(device).type, WORKSPACE_BYTES["cpu"])
 
 
-def _most_elements(tensor: Tensor) -> int:
+def _max_elements(tensor: Tensor) -> int:
     return workspace_bytes(tensor.device) // _BYTES_AN_ELEMENT
 
 
@@ -61,12 +64,13 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
 class _Mixer:
     """Mixes panels of the sources into one scratch, in the dtype of the activation."""
 
-    def __init__(self, weights: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype, elements: int):
-        compute = accumulate_dtype(weights[0].dtype)
-        self.weights = weights
-        self.factors = factors(coefficients, weights[0].dim())
-        elements = min(elements, weights[0].numel())
-        self.sums = torch.empty(elements, dtype=compute, device=weights[0].device)
+    def __init__(self, recipe: Recipe, dtype: torch.dtype, elements: int):
+        first = recipe.weights[0]
+        compute = accumulate_dtype(first.dtype)
+        self.weights = recipe.weights
+        self.factors = factors(recipe.coefficients, first.dim())
+        elements = min(elements, first.numel())
+        self.sums = torch.empty(elements, dtype=compute, device=first.device)
         self.rounded = self.sums if dtype == compute else torch.empty_like(self.sums, dtype=dtype)
 
     def __call__(self, *index: slice, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -97,16 +101,16 @@ def _view(scratch: Tensor, shape: Sequence[int], memory_format: torch.memory_for
 # Linear.
 
 
-def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None) -> Tensor:
-    out_features, in_features = weights[0].shape
+def mixed_linear(x: Tensor, recipe: Recipe) -> Tensor:
+    out_features, in_features = recipe.weights[0].shape
     y = x.new_empty(*x.shape[:-1], out_features)
     if y.numel() == 0:
         return y
-    rows_x, rows_y = shapes.as_rows(x), shapes.as_rows(y)
-    bias = None if biases is None else mix(biases, coefficients, x.dtype)
+    rows_x, rows_y = as_rows(x), as_rows(y)
+    bias = mixed_bias(recipe, x.dtype)
     elements = _linear_panel(x)
     columns = min(in_features, elements)
-    panel = _Mixer(weights, coefficients, x.dtype, elements)
+    panel = _Mixer(recipe, x.dtype, elements)
     for rows in _blocks(out_features, elements // max(columns, 1)):
         target = rows_y[:, rows]
         for j, inner in enumerate(_blocks(in_features, columns)):
@@ -123,15 +127,15 @@ def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, bia
     return y
 
 
-def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    out_features, in_features = weights[0].shape
+def mixed_linear_dgrad(dy: Tensor, recipe: Recipe) -> Tensor:
+    out_features, in_features = recipe.weights[0].shape
     dx = dy.new_empty(*dy.shape[:-1], in_features)
     if dx.numel() == 0:
         return dx
-    rows_dy, rows_dx = shapes.as_rows(dy), shapes.as_rows(dx)
+    rows_dy, rows_dx = as_rows(dy), as_rows(dx)
     elements = _linear_panel(dy)
-    columns = min(in_features, max(elements // max(out_features, 1), _SHORTEST_RUN[dy.dtype]))
-    panel = _Mixer(weights, coefficients, dy.dtype, elements)
+    columns = min(in_features, max(elements // max(out_features, 1), _MIN_RUN[dy.dtype]))
+    panel = _Mixer(recipe, dy.dtype, elements)
     for inner in _blocks(in_features, columns):
         target = rows_dx[:, inner]
         for j, rows in enumerate(_blocks(out_features, elements // columns)):
@@ -145,29 +149,20 @@ def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tens
     return dx
 
 
-def mixed_linear_wgrad(
-    dy: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    weights_mask: Sequence[bool],
-    coefficients_mask: bool,
-    biases_mask: Sequence[bool],
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    out_features, in_features = weights[0].shape
-    transposed_dy, x = shapes.as_rows(dy).t(), shapes.as_rows(x)
-    masks = (weights_mask, coefficients_mask, biases_mask)
-    g = torch.mm(transposed_dy, x) if any(weights_mask) and x.dtype == weights[0].dtype else None
-    gradients = _Gradients(g, torch.contiguous_format, weights, coefficients, biases, *masks)
+def mixed_linear_wgrad(dy: Tensor, x: Tensor, recipe: Recipe, wanted: Wanted) -> Gradients:
+    out_features, in_features = recipe.weights[0].shape
+    transposed_dy, x = as_rows(dy).t(), as_rows(x)
+    whole = any(wanted.weights) and x.dtype == recipe.weights[0].dtype
+    g = torch.mm(transposed_dy, x) if whole else None
+    gradients = _GradientPanels(recipe, wanted, torch.contiguous_format, g)
     gradients.add_biases(transposed_dy.t(), [0])
     if g is not None:
         for rows in _blocks(out_features, _linear_panel(x) // max(in_features, 1)):
             gradients.finish(g[rows], rows)
-    elif gradients.needs_product:
-        columns = min(in_features, _most_elements(x))
-        scratch = x.new_empty(min(_most_elements(x), out_features * in_features))
-        for rows in _blocks(out_features, _most_elements(x) // max(columns, 1)):
+    elif wanted.product:
+        columns = min(in_features, _max_elements(x))
+        scratch = x.new_empty(min(_max_elements(x), out_features * in_features))
+        for rows in _blocks(out_features, _max_elements(x) // max(columns, 1)):
             for inner in _blocks(in_features, columns):
                 panel = _view(scratch, (rows.stop - rows.start, inner.stop - inner.start), torch.contiguous_format)
                 gradients.finish(torch.mm(transposed_dy[rows], x[:, inner], out=panel), rows, inner)
@@ -213,97 +208,73 @@ def _channel_blocks(groups: int, per_group: int, channel_elements: int, elements
 
 def _images(batch: int, image_elements: int, tensor: Tensor) -> Iterator[slice]:
     """Runs of images whose slices of ``image_elements`` take a quarter of the workspace at most; one run at least."""
-    most = workspace_bytes(tensor.device) // 4 // tensor.element_size()
-    return _blocks(max(batch, 1), most // max(image_elements, 1))
+    largest = workspace_bytes(tensor.device) // 4 // tensor.element_size()
+    return _blocks(max(batch, 1), largest // max(image_elements, 1))
 
 
-def _product_dtype(
-    activation: Tensor, image: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> torch.dtype:
+def _product_dtype(activation: Tensor, image: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> torch.dtype:
     """What the vendor is given: float32 for bfloat16 images on CPUs that a filter's first step would leave.
 
     For these oneDNN reads memory that nothing wrote, on processors with bfloat16 instructions (torch 2.13).
     """
-    reach = [dil * (size - 1) + step for size, step, dil in zip(kernel, stride, dilation, strict=True)]
+    steps = zip(kernel, geometry.stride, geometry.dilation, strict=True)
+    reach = [dil * (size - 1) + step for size, step, dil in steps]
     if activation.device.type == "cpu" and activation.dtype == torch.bfloat16 and any(map(operator.lt, image, reach)):
         return torch.float32
     return activation.dtype
 
 
-def mixed_conv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    out_channels, in_group, *kernel = weights[0].shape
-    memory_format = shapes.conv_memory_format(x, weights)
-    spatial = shapes.conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
-    shape = (x.shape[0], out_channels, *spatial)
-    dtype = _product_dtype(x, x.shape[2:], kernel, stride, dilation)
-    bias = None if biases is None else mix(biases, coefficients, dtype)
+def mixed_conv(x: Tensor, recipe: Recipe, geometry: Geometry) -> Tensor:
+    out_channels, in_group, *kernel = recipe.weights[0].shape
+    stride, padding, dilation, groups = geometry
+    dtype = _product_dtype(x, x.shape[2:], kernel, geometry)
+    bias = mixed_bias(recipe, dtype)
+    memory_format = conv_memory_format(x, recipe.weights)
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         rest = (False, [0] * len(stride), groups)
         return torch.ops.aten.convolution(x.to(dtype), weight, bias, stride, padding, dilation, *rest)
 
-    def empty() -> Tensor:
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
-
-    if weights[0].numel() == 0 or x.numel() == 0:
-        return empty().zero_() if bias is None else empty().copy_(bias.view(-1, *(1,) * len(spatial)))
-    filter_elements = weights[0][0].numel()
-    blocks = _channel_blocks(groups, out_channels // groups, filter_elements, _most_elements(x))
-    panel = _Mixer(weights, coefficients, dtype, max(filter_elements, _most_elements(x)))
+    if recipe.weights[0].numel() == 0 or x.numel() == 0:
+        y = empty_conv_output(x, recipe, geometry)
+        return y.zero_() if bias is None else y.copy_(bias.view(-1, *(1,) * len(stride)))
+    filter_elements = recipe.weights[0][0].numel()
+    blocks = _channel_blocks(groups, out_channels // groups, filter_elements, _max_elements(x))
+    panel = _Mixer(recipe, dtype, max(filter_elements, _max_elements(x)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
         return convolve(x, whole, bias, groups).to(x.dtype).contiguous(memory_format=memory_format)
-    y = empty()
+    y = empty_conv_output(x, recipe, geometry)
     for block in blocks:
         rows, inputs = block.part_of(out_channels // groups), block.all_of(in_group)
         weight = panel(rows, memory_format=memory_format)
-        for some in _images(x.shape[0], (rows.stop - rows.start) * math.prod(spatial), y):
+        for some in _images(x.shape[0], (rows.stop - rows.start) * math.prod(y.shape[2:]), y):
             part = convolve(x[some, inputs], weight, None if bias is None else bias[rows], block.group_count)
             y[some, rows] = part
     return y
 
 
-def mixed_conv_dgrad(
-    dy: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    out_channels, in_group, *_ = weights[0].shape
+def mixed_conv_dgrad(dy: Tensor, recipe: Recipe, input_size: Sequence[int], geometry: Geometry) -> Tensor:
+    out_channels, in_group, *kernel = recipe.weights[0].shape
     batch, _, *spatial = input_size
-    memory_format = shapes.conv_memory_format(dy, weights)
-    dtype = _product_dtype(dy, spatial, weights[0].shape[2:], stride, dilation)
+    groups = geometry.groups
+    memory_format = conv_memory_format(dy, recipe.weights)
+    dtype = _product_dtype(dy, spatial, kernel, geometry)
 
     def convolve(dy: Tensor, weight: Tensor, groups: int) -> Tensor:
         size = (dy.shape[0], weight.shape[1] * groups, *spatial)
-        return _vendor_dgrad(dy.to(dtype), weight, size, stride, padding, dilation, groups)
+        return _vendor_dgrad(dy.to(dtype), weight, size, geometry._replace(groups=groups))
 
-    def empty() -> Tensor:
-        return torch.empty(tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
-
-    if weights[0].numel() == 0 or dy.numel() == 0 or math.prod(input_size) == 0:
-        return empty().zero_()
+    if recipe.weights[0].numel() == 0 or dy.numel() == 0 or math.prod(input_size) == 0:
+        return empty_conv_input(dy, recipe, input_size).zero_()
     out_group = out_channels // groups
-    filter_elements = weights[0][:out_group, 0].numel()
-    blocks = _channel_blocks(groups, in_group, filter_elements, _most_elements(dy))
-    panel = _Mixer(weights, coefficients, dtype, max(filter_elements, _most_elements(dy)))
+    filter_elements = recipe.weights[0][:out_group, 0].numel()
+    blocks = _channel_blocks(groups, in_group, filter_elements, _max_elements(dy))
+    panel = _Mixer(recipe, dtype, max(filter_elements, _max_elements(dy)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
         return convolve(dy, whole, groups).to(dy.dtype).contiguous(memory_format=memory_format)
-    dx = empty()
+    dx = empty_conv_input(dy, recipe, input_size)
     for block in blocks:
         inputs, rows = block.part_of(in_group), block.all_of(out_group)
         weight = panel(rows, block.within, memory_format=memory_format)
@@ -312,15 +283,8 @@ def mixed_conv_dgrad(
     return dx
 
 
-def _vendor_dgrad(
-    dy: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _vendor_dgrad(dy: Tensor, weight: Tensor, input_size: Sequence[int], geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
     if dy.device.type == "cpu" and dy.dtype != torch.float64:
         # The same product as a transposed convolution: it needs no stand-in for x, which oneDNN would copy.
         output_padding = [
@@ -337,30 +301,18 @@ def _vendor_dgrad(
     return dx
 
 
-def mixed_conv_wgrad(
-    dy: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    weights_mask: Sequence[bool],
-    coefficients_mask: bool,
-    biases_mask: Sequence[bool],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    out_channels, in_group, *_ = weights[0].shape
+def mixed_conv_wgrad(dy: Tensor, x: Tensor, recipe: Recipe, wanted: Wanted, geometry: Geometry) -> Gradients:
+    weights = recipe.weights
+    out_channels, in_group, *kernel = weights[0].shape
+    stride, padding, dilation, groups = geometry
     out_group = out_channels // groups
-    memory_format = shapes.conv_memory_format(x, weights)
-    masks = (weights_mask, coefficients_mask, biases_mask)
-    gradients = _Gradients(None, memory_format, weights, coefficients, biases, *masks)
+    memory_format = conv_memory_format(x, weights)
+    gradients = _GradientPanels(recipe, wanted, memory_format)
     gradients.add_biases(dy, [0, *range(2, dy.dim())])
-    if not gradients.needs_product:
+    if not wanted.product:
         return gradients.result()
 
-    dtype = _product_dtype(x, x.shape[2:], weights[0].shape[2:], stride, dilation)
+    dtype = _product_dtype(x, x.shape[2:], kernel, geometry)
 
     def product(dy: Tensor, x: Tensor, rows: slice, groups: int) -> Tensor:
         dy, x = dy.to(dtype), x.to(dtype)
@@ -392,78 +344,78 @@ def mixed_conv_wgrad(
     return gradients.result()
 
 
-class _Gradients:
-    """Turns G, the gradient of the mixed weight, into every gradient asked for, a panel at a time."""
+class _GradientPanels:
+    """Turns G, the gradient of the mixed weight, into every gradient wanted, a panel at a time."""
 
-    def __init__(
-        self,
-        g: Tensor | None,
-        memory_format: torch.memory_format,
-        weights: Sequence[Tensor],
-        coefficients: Tensor,
-        biases: Sequence[Tensor] | None,
-        weights_mask: Sequence[bool],
-        coefficients_mask: bool,
-        biases_mask: Sequence[bool],
-    ):
+    def __init__(self, recipe: Recipe, wanted: Wanted, memory_format: torch.memory_format, g: Tensor | None = None):
         """``g``, where given, is the whole of G: it becomes the gradient of the first source that wants one."""
-        self.compute = accumulate_dtype(weights[0].dtype)
-        self.weights, self.coefficients, self.sources_biases = weights, coefficients, biases
-        self.factors = factors(coefficients, weights[0].dim())
-        self.needs_product = coefficients_mask or any(weights_mask)
-        self.biases_mask = biases_mask
-        host = list(weights_mask).index(True) if g is not None else None
-        spare = [wanted and j != host for j, wanted in enumerate(weights_mask)]
-        self.dweights, self.dcoefficients, self.dbiases = shapes.empty_gradients(
+        self.recipe, self.wanted = recipe, wanted
+        self.compute = accumulate_dtype(recipe.weights[0].dtype)
+        self.factors = factors(recipe.coefficients, recipe.weights[0].dim())
+        host = list(wanted.weights).index(True) if g is not None else None
+        spare = [want and j != host for j, want in enumerate(wanted.weights)]
+        self.gradients = empty_gradients(
             lambda weight: torch.empty_like(weight, memory_format=memory_format),
-            weights,
-            coefficients,
-            biases,
-            spare,
-            coefficients_mask,
-            biases_mask,
+            recipe,
+            wanted._replace(weights=spare),
         )
         # G's own buffer comes last: writing it ends the panel.
-        self.wanted = [j for j, wanted in enumerate(spare) if wanted]
+        self.order = [j for j, want in enumerate(spare) if want]
         if g is not None and host is not None:
-            self.dweights[host] = g
-            self.wanted.append(host)
+            self.gradients.weights[host] = g
+            self.order.append(host)
         # <G, W_j> by output channel; the channels are summed at the end, in float64.
+        first, device = recipe.weights[0], recipe.coefficients.device
         self.dots = (
-            torch.zeros(len(weights), weights[0].shape[0], dtype=self.compute, device=coefficients.device)
-            if coefficients_mask
+            torch.zeros(len(recipe.weights), first.shape[0], dtype=self.compute, device=device)
+            if wanted.coefficients
             else None
         )
 
     def add_biases(self, dy: Tensor, dims: list[int]) -> None:
         """Finish what the biases need: ``dy`` summed over ``dims``, all but its channels; the first is the batch."""
-        if self.sources_biases is None or not (self.dots is not None or any(self.biases_mask)):
+        coefficients, biases = self.recipe.coefficients, self.recipe.biases
+        if biases is None or not self.wanted.sums(self.recipe):
             return
         # In runs: in half precision a CPU's sum copies what it sums to float32.
-        runs = [
-            dy[some].sum(dims, dtype=self.compute) for some in _images(dy.shape[0], dy[:1].numel(), self.coefficients)
-        ]
+        runs = [dy[some].sum(dims, dtype=self.compute) for some in _images(dy.shape[0], dy[:1].numel(), coefficients)]
         total = runs[0] if len(runs) == 1 else torch.stack(runs).sum(0)
-        for j, factor in enumerate(factors(self.coefficients, 1)):
-            if self.biases_mask[j]:
-                torch.mul(total, factor, out=self.dbiases[j])
+        for j, factor in enumerate(factors(coefficients, 1)):
+            if self.wanted.biases[j]:
+                torch.mul(total, factor, out=self.gradients.biases[j])
             if self.dots is not None:
-                self.dots[j].addcmul_(total, self.sources_biases[j])
+                self.dots[j].addcmul_(total, biases[j])
 
     def finish(self, g: Tensor, *index: slice) -> None:
         """Finish the panel ``index`` of every gradient. ``g`` is overwritten where it is a view of the whole G."""
         g = g.to(self.compute)
         inner = tuple(range(1, g.dim()))
         if self.dots is not None:
-            for dot, weight in zip(self.dots, self.weights, strict=True):
+            for dot, weight in zip(self.dots, self.recipe.weights, strict=True):
                 dot[index[0]] += (g * weight[index]).sum(inner)
-        for j in self.wanted:
+        for j in self.order:
             factor = self.factors[j]
-            torch.mul(g, factor if factor.shape[0] == 1 else factor[index[0]], out=self.dweights[j][index])
+            factor = factor if factor.shape[0] == 1 else factor[index[0]]
+            torch.mul(g, factor, out=self.gradients.weights[j][index])
 
-    def result(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    def result(self) -> Gradients:
         """The outputs of the op."""
         if self.dots is not None:
-            dots = self.dots if self.coefficients.dim() == 2 else self.dots.sum(1, dtype=torch.float64)
-            self.dcoefficients.copy_(dots)
-        return self.dweights, self.dcoefficients, self.dbiases
+            dots = self.dots if self.recipe.per_channel else self.dots.sum(1, dtype=torch.float64)
+            self.gradients.coefficients.copy_(dots)
+        return self.gradients
+
+
+class Streamed(Backend):
+    """Panels through the vendor's kernels."""
+
+    name = "streamed"
+    summary = "bounded panels of the mixed weight through the vendor's products"
+    kernels = kernels_in(linear=__name__, conv=__name__)
+
+    def why_not(self, case: Case) -> str | None:
+        """None: it runs anything."""
+        return None
+
+
+BACKEND = Streamed()

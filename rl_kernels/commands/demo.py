@@ -27,7 +27,19 @@ from rich.table import Table
 
 import rl_kernels as rl
 from rl_kernels._machine import machine, versions
-from rl_kernels.systems.digits import RECIPES, Digits, History, Recipe, build_model, load_digits, make_optimizer, optimizer_bytes, steps_per_epoch, train, training_step
+from rl_kernels.systems.digits import (
+    RECIPES,
+    Digits,
+    History,
+    Recipe,
+    build_model,
+    load_digits,
+    make_optimizer,
+    optimizer_bytes,
+    steps_per_epoch,
+    train,
+    training_step,
+)
 from rl_kernels.testing import peak_memory
 
 if TYPE_CHECKING:

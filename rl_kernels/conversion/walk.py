@@ -24,7 +24,16 @@ from rl_kernels.conversion.blocks import (
     torch_class,
     why_own,
 )
-from rl_kernels.conversion.plans import Level, Options, OwnPart, PlannedLayer, Reason, ReplacedBlock, SkippedBlock, Stage
+from rl_kernels.conversion.plans import (
+    Level,
+    Options,
+    OwnPart,
+    PlannedLayer,
+    Reason,
+    ReplacedBlock,
+    SkippedBlock,
+    Stage,
+)
 from rl_kernels.conversion.targets import Targets
 from rl_kernels.nn.layer import full_name, has_adapters
 

@@ -3,6 +3,7 @@
 from rl_kernels.nn.attention import ReplacementMultiheadAttention
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.nn.conv import ReplacementConv1d, ReplacementConv2d, ReplacementConv3d
+from rl_kernels.nn.layer import ReplacementLayer
 from rl_kernels.nn.linear import ReplacementLinear
 from rl_kernels.nn.norm import (
     ReplacementBatchNorm1d,
@@ -11,7 +12,6 @@ from rl_kernels.nn.norm import (
     ReplacementGroupNorm,
     ReplacementLayerNorm,
 )
-from rl_kernels.nn.layer import ReplacementLayer
 
 __all__ = [
     "Coefficients",

@@ -16,9 +16,9 @@ _enabled = False
 
 @contextlib.contextmanager
 def accumulate_into_grad() -> Iterator[None]:
-    """Inside, a backward pass adds the sources' gradients straight to their places, and returns none to autograd.
+    """Inside, a backward pass adds the sources' gradients straight to their buffers, and returns none to autograd.
 
-    A source's place is its ``main_grad``, if it has this attribute (a float32 tensor beside half-precision weights, as
+    A source's buffer is its ``main_grad``, if it has this attribute (a float32 tensor beside half-precision weights, as
     Megatron-LM keeps), else its ``.grad`` if there is one: in the first of several micro-batches ``.grad`` is made as
     ever. A backend whose kernels can add does so in the epilogue of its product, and no gradient is a tensor on the
     way; others add what they return.
@@ -41,26 +41,28 @@ def accumulate_into_grad() -> Iterator[None]:
         _enabled = previous
 
 
-def places(weights: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor] | None:
-    """Where each source's gradient is to be added, and an empty tensor where autograd gets it; None: it gets all."""
+def buffers(weights: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor] | None:
+    """What each source's gradient is to be added to, an empty tensor where autograd gets it; None: it gets all."""
     if not _enabled:
         return None
-    found = [
-        _place(weight, j) if wanted else None for j, (weight, wanted) in enumerate(zip(weights, mask, strict=True))
-    ]
-    if all(place is None for place in found):
+    found = [_buffer(weight, j) if want else None for j, (weight, want) in enumerate(zip(weights, wanted, strict=True))]
+    if all(buffer is None for buffer in found):
         return None
-    return [weight.new_empty(0) if place is None else place for weight, place in zip(weights, found, strict=True)]
+    return [weight.new_empty(0) if buffer is None else buffer for weight, buffer in zip(weights, found, strict=True)]
 
 
-def _place(weight: Tensor, j: int) -> Tensor | None:
-    place: Any = getattr(weight, "main_grad", None)
-    if place is None:
+def _buffer(weight: Tensor, j: int) -> Tensor | None:
+    buffer: Any = getattr(weight, "main_grad", None)
+    if buffer is None:
         return weight.grad if weight.is_leaf else None
     expected = f"a tensor of shape {tuple(weight.shape)} on {weight.device}, float32 or {weight.dtype}"
-    if not isinstance(place, Tensor):
-        raise ValueError(f"weights[{j}].main_grad: got {type(place).__name__}, expected {expected}")
-    if place.shape != weight.shape or place.device != weight.device or place.dtype not in (torch.float32, weight.dtype):
-        came = f"shape {tuple(place.shape)} on {place.device} in {place.dtype}"
+    if not isinstance(buffer, Tensor):
+        raise ValueError(f"weights[{j}].main_grad: got {type(buffer).__name__}, expected {expected}")
+    if (
+        buffer.shape != weight.shape
+        or buffer.device != weight.device
+        or buffer.dtype not in (torch.float32, weight.dtype)
+    ):
+        came = f"shape {tuple(buffer.shape)} on {buffer.device} in {buffer.dtype}"
         raise ValueError(f"weights[{j}].main_grad: got {came}, expected {expected}")
-    return place
+    return buffer

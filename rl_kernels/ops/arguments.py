@@ -7,22 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rl_kernels.ops import checks
+from rl_kernels.ops.checks import check_sources
 from rl_kernels.ops.mix import accumulate_dtype
 from rl_kernels.ops.sharding import as_distributed_as
 
-Coefficients = Tensor | Sequence[float | Tensor]
+CoefficientsLike = Tensor | Sequence[float | Tensor]
+"""Coefficients as users pass them: a tensor, or a sequence of floats or one-element tensors."""
 
 
 def as_coefficients(
-    coefficients: Coefficients, sources: Sequence[Tensor], sources_name: str = "weights", name: str = "coefficients"
+    coefficients: CoefficientsLike, sources: Sequence[Tensor], sources_name: str = "weights", name: str = "coefficients"
 ) -> Tensor:
     """``coefficients`` as one tensor, in the dtype in which ``sources`` mix. The names are for messages."""
-    checks.check_sources(sources_name, sources)
+    # Tensors in the right form are the ops' to check; what is read here must be there.
+    if not (len(sources) > 0 and isinstance(sources[0], Tensor) and isinstance(coefficients, Tensor)):
+        check_sources(sources_name, sources)
     return as_distributed_as(sources[0], _joined(coefficients, sources, sources_name, name))
 
 
-def _joined(coefficients: Coefficients, sources: Sequence[Tensor], sources_name: str, name: str) -> Tensor:
+def _joined(coefficients: CoefficientsLike, sources: Sequence[Tensor], sources_name: str, name: str) -> Tensor:
     dtype = accumulate_dtype(sources[0].dtype)
     if isinstance(coefficients, Tensor):
         if not coefficients.dtype.is_floating_point:

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as aten
 from torch import Tensor
 
-from rl_kernels.ops import checks
-from rl_kernels.ops.arguments import Coefficients, as_coefficients
+from rl_kernels.ops.arguments import CoefficientsLike, as_coefficients
 from rl_kernels.ops.autograd import LINEAR, mixed_forward
+from rl_kernels.ops.checks import check_sources
 from rl_kernels.ops.mix import mix
+from rl_kernels.ops.values import Recipe
 
 Sources = Sequence[Tensor]
 
@@ -45,8 +46,8 @@ def mixed_multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
     *,
-    coefficients: Coefficients,
-    out_coefficients: Coefficients | None = None,
+    coefficients: CoefficientsLike,
+    out_coefficients: CoefficientsLike | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``torch.nn.functional.multi_head_attention_forward`` on mixed weights: torch's arguments in torch's order.
 
@@ -144,7 +145,7 @@ def mixed_multi_head_attention(
 
     # (B * heads, L, E / heads) to (L * B, E)
     rows = attended.unflatten(0, (batch, num_heads)).permute(2, 0, 1, 3).flatten(2).flatten(0, 1)
-    output = mixed_forward(LINEAR, rows, out_proj_weights, out_mixing, out_proj_biases)
+    output = mixed_forward(LINEAR, rows, Recipe(out_proj_weights, out_mixing, out_proj_biases))
     output = output.unflatten(0, (q.shape[1], batch))
     if weights is not None:
         weights = weights.unflatten(0, (batch, num_heads))
@@ -202,7 +203,7 @@ class _Projection(NamedTuple):
             if x is None:
                 found += [None] * count
                 continue
-            y = mixed_forward(LINEAR, x, weights, coefficients, bias)
+            y = mixed_forward(LINEAR, x, Recipe(weights, coefficients, bias))
             # torch's layout: each of query, key and value contiguous.
             found += [y] if count == 1 else y.unflatten(-1, (count, embed_dim)).movedim(-2, 0).contiguous().unbind(0)
         return found
@@ -344,7 +345,7 @@ def _check_in_weights(
 
 def _check_stack(name: str, tensors: Sources, shape: tuple[int | None, ...], first: Sources, first_name: str) -> None:
     """Raise unless ``tensors`` are as many as ``first``, in their dtype and place, and of ``shape`` (None: any)."""
-    checks.check_sources(name, tensors)
+    check_sources(name, tensors)
     if len(tensors) != len(first):
         raise RuntimeError(f"{name}: got {len(tensors)} tensors, expected {len(first)} as {first_name}")
     found = _shape(tensors[0])
@@ -367,7 +368,7 @@ def _check_coefficients(name: str, coefficients: Tensor, weights: Sources, out: 
         raise RuntimeError(f"{name}: got device {coefficients.device}, expected {weights[0].device} as the weights")
 
 
-def _out_coefficients(coefficients: Tensor, out_coefficients: Coefficients | None, weights: Sources) -> Tensor:
+def _out_coefficients(coefficients: Tensor, out_coefficients: CoefficientsLike | None, weights: Sources) -> Tensor:
     if out_coefficients is not None:
         return as_coefficients(out_coefficients, weights, "out_proj_weights", "out_coefficients")
     if coefficients.dim() != 1:
@@ -391,7 +392,7 @@ def _check_appended(
     for name, biases, other in (("bias_ks", bias_ks, "bias_vs"), ("bias_vs", bias_vs, "bias_ks")):
         if biases is None:
             raise RuntimeError(f"{name}: got None, expected tensors as {other} are given")
-        checks.check_sources(name, biases)
+        check_sources(name, biases)
         leading = (1,) * (biases[0].dim() - 1) if 1 <= biases[0].dim() <= 3 else (1, 1)
         _check_stack(name, biases, (*leading, embed_dim), first, first_name)
     for name, static in (("static_k", static_k), ("static_v", static_v)):

@@ -32,7 +32,9 @@ def _check_geometry(weight: Tensor, geometry: Geometry) -> None:
         if len(values) != spatial or any(value < least for value in values):
             raise RuntimeError(f"{name}: got {list(values)}, expected {spatial} integers of {least} or more")
     if any(size < 1 for size in weight.shape[2:]):
-        raise RuntimeError(f"weights[0]: got shape {shape_of(weight)}, expected a kernel of 1 or more in each dimension")
+        raise RuntimeError(
+            f"weights[0]: got shape {shape_of(weight)}, expected a kernel of 1 or more in each dimension"
+        )
     if groups < 1:
         raise RuntimeError(f"groups: got {groups}, expected 1 or more")
     if weight.shape[0] % groups != 0:
@@ -43,12 +45,12 @@ def _check_geometry(weight: Tensor, geometry: Geometry) -> None:
 
 
 def _check_forward(call: Call) -> None:
-    x, weight, geometry = call.x if call.x is not None else call.activation, call.recipe.weights[:1], _geometry(call)
-    spatial = len(geometry.stride)
-    check_recipe(call.recipe, dim=spatial + 2)
-    check_activation("x", x, weight[0])
-    _check_geometry(weight[0], geometry)
-    _check_input(x, weight[0], geometry)
+    geometry = _geometry(call)
+    check_recipe(call.recipe, dim=len(geometry.stride) + 2)
+    x, weight = call.activation if call.x is None else call.x, call.recipe.weights[0]
+    check_activation("x", x, weight)
+    _check_geometry(weight, geometry)
+    _check_input(x, weight, geometry)
 
 
 def _check_input(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
@@ -98,9 +100,7 @@ def _check_dgrad(call: Call) -> None:
     _check_geometry(weight, geometry)
     channels = weight.shape[1] * geometry.groups
     if len(input_size) != weight.dim() or input_size[1] != channels:
-        raise RuntimeError(
-            f"input_size: got {list(input_size)}, expected (batch, {channels}, {spatial} spatial sizes)"
-        )
+        raise RuntimeError(f"input_size: got {list(input_size)}, expected (batch, {channels}, {spatial} spatial sizes)")
     out_size = conv_output_size(input_size[2:], weight.shape[2:], geometry)
     check_dy(dy, (input_size[0], weight.shape[0], *out_size))
 

@@ -34,24 +34,16 @@ class Op(NamedTuple):
         name: in ``torch.ops.rl_kernels``.
         schema: its arguments and results.
         check: raises unless the arguments of a call fit.
-        in_place: whether there is ``<name>_`` as well, which adds the gradient of source j to ``into[j]`` and returns
-            none, unless ``into[j]`` is empty. It is eager only (``accumulation.py``).
+        overload: what is called, ``torch.ops.rl_kernels.<name>.default``.
+        in_place_overload: of a wgrad, ``<name>_``, which adds the gradient of source j to ``into[j]`` and returns none,
+            unless ``into[j]`` is empty; else None. It is eager only (``accumulation.py``).
     """
 
     name: str
     schema: str
     check: Callable[[Call], None]
-    in_place: bool
-
-    @property
-    def overload(self) -> Any:
-        """What is called: ``torch.ops.rl_kernels.<name>.default``."""
-        return getattr(torch.ops.rl_kernels, self.name).default
-
-    @property
-    def in_place_overload(self) -> Any:
-        """The same of ``<name>_``."""
-        return getattr(torch.ops.rl_kernels, f"{self.name}_").default
+    overload: Any
+    in_place_overload: Any
 
 
 OPS: dict[str, Op] = {}
@@ -79,13 +71,17 @@ def declare(
     def fake_kernel(*arguments: Any) -> Any:
         call = Call.of(name, arguments)
         check(call)
-        return fake(call)
+        result = fake(call)
+        return result if isinstance(result, torch.Tensor) else tuple(result)
 
-    in_place = name.endswith("wgrad")
-    LIBRARY.define(name + schema)
-    if in_place:
-        LIBRARY.define(f"{name}_" + schema.replace(") ->", ", Tensor(a!)[] into) ->"))
+    def overload_of(name: str, schema: str) -> Any:
+        LIBRARY.define(name + schema)
+        return getattr(torch.ops.rl_kernels, name).default
+
+    overload, in_place = overload_of(name, schema), None
+    if name.endswith("wgrad"):
+        in_place = overload_of(f"{name}_", schema.replace(") ->", ", Tensor(a!)[] into) ->"))
     torch.library.register_fake(f"rl_kernels::{name}", fake_kernel, lib=LIBRARY)
     register_flop_formula(getattr(torch.ops.rl_kernels, name))(flops)
-    op = OPS[name] = Op(name, schema, check, in_place)
+    op = OPS[name] = Op(name, schema, check, overload, in_place)
     return op

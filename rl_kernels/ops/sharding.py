@@ -6,7 +6,7 @@ Of convolutions torch has no rule for most placements, and computes wrong result
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from rl_kernels.ops.mix import mix
+from rl_kernels.ops.values import Recipe
 
 
 def as_distributed_as(source: Any, coefficients: Any) -> Tensor:
@@ -33,9 +34,7 @@ def as_distributed_as(source: Any, coefficients: Any) -> Tensor:
     return found
 
 
-def are_distributed(
-    x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None
-) -> bool:
+def are_distributed(x: Tensor, recipe: Recipe) -> bool:
     """Whether the arguments are DTensors.
 
     Raises:
@@ -45,6 +44,7 @@ def are_distributed(
     loaded = sys.modules.get("torch.distributed.tensor")
     if loaded is None:
         return False
+    weights, coefficients, biases = recipe
     named = {"x": x}
     for name, sources in (("weights", weights), ("biases", biases or ())):
         named |= {f"{name}[{j}]": source for j, source in enumerate(sources)}
@@ -77,17 +77,19 @@ def _check_conv(named: dict[str, Any]) -> None:
             )
 
 
-def linear_on_shards(
-    local: Callable[..., Tensor], x: Any, weights: Sequence[Any], coefficients: Any, biases: Sequence[Any] | None
-) -> Tensor | None:
+def linear_on_shards(local: Callable[[Tensor, Recipe], Tensor], x: Any, recipe: Recipe) -> Tensor | None:
     """A mixed linear layer of DTensors on their local shards, or None where their placements are no common ones.
 
-    On a mesh of one dimension, the coefficients replicated, ``local(x, weights, coefficients, biases)`` serves: weights
+    On a mesh of one dimension, the coefficients replicated, ``local(x, recipe)`` serves: weights
     sharded by columns of the layer (outputs) or by rows (inputs), as torch's tensor parallelism shards them; and
     replicated ones, with any x that is whole in its last dimension.
     """
     from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+    weights: Any
+    coefficients: Any
+    biases: Any
+    weights, coefficients, biases = recipe
     mesh, last = x.device_mesh, x.dim() - 1
     if any(tensor.device_mesh != mesh for tensor in (coefficients, *weights, *(biases or ()))):
         return None
@@ -121,12 +123,12 @@ def linear_on_shards(
     else:
         return None
 
-    y = local(
-        _Waited.apply(x.to_local(grad_placements=[by_x])),
+    local_recipe = Recipe(
         [weight.to_local(grad_placements=[by_weights]) for weight in weights],
         coefficients.to_local(grad_placements=[by_coefficients]),
         None if biases is None else [bias.to_local(grad_placements=[by_weights]) for bias in biases],
     )
+    y = local(_Waited.apply(x.to_local(grad_placements=[by_x])), local_recipe)
     # Shards of different sizes do not tell the shape of the whole.
     whole = torch.empty((*x.shape[:-1], weights[0].shape[0]), device="meta")
     y = DTensor.from_local(

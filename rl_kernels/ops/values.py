@@ -30,7 +30,6 @@ class Recipe(NamedTuple):
         """Whether each output channel has coefficients of its own."""
         return self.coefficients.dim() == 2
 
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of the recipe: the coefficients, the weights, the biases."""
         return (self.coefficients, *self.weights, *(self.biases or ()))
@@ -66,6 +65,10 @@ class Wanted(NamedTuple):
     def sums(self, recipe: Recipe) -> bool:
         """Whether any of them needs dy summed over everything but its channels, the gradient of the mixed bias."""
         return any(self.biases) or (self.coefficients and recipe.biases is not None)
+
+    def __bool__(self) -> bool:
+        """Whether any is."""
+        return self.product or any(self.biases)
 
 
 class Gradients(NamedTuple):
@@ -104,7 +107,6 @@ class Call(NamedTuple):
         """From the arguments of ``op``'s schema, in its order."""
         return _READERS[op](op, *arguments)
 
-    @property
     def arguments(self) -> tuple[Any, ...]:
         """The arguments of ``op``'s schema, in its order."""
         geometry = self.geometry or ()

@@ -28,14 +28,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from rl_kernels.ops import schema
 from rl_kernels._machine import machine, versions
-from rl_kernels.qualify.problems import Problem, arguments, checks, grid
 from rl_kernels._tables import simple_table
 from rl_kernels.backends import Backend, Case, registered
 from rl_kernels.backends.record_store import cache_folder, file_name
 from rl_kernels.backends.records import MATERIALISED, Point, Record, Verdict, describe
 from rl_kernels.backends.selection import refresh
+from rl_kernels.ops import schema
+from rl_kernels.qualify.problems import Problem, arguments, checks, grid
 from rl_kernels.testing import compare
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

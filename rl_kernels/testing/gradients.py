@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl_kernels.ops.autograd import plain_torch
 from rl_kernels.backends.selection import CannotServe, registered, use_backend
 from rl_kernels.nn.layer import ReplacementLayer
+from rl_kernels.ops.ways import plain_torch
 from rl_kernels.testing.accuracy import Comparison, assert_as_accurate, compare
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from rl_kernels.ops import schema
-from rl_kernels.qualify.problems import Problem, arguments
 from rl_kernels.backends import Case, cuda
 from rl_kernels.backends.cuda import configs, extension, params
 from rl_kernels.backends.gpu.heuristics import A100, ADA, H100, Device, Work, shared_bytes
+from rl_kernels.ops import schema
+from rl_kernels.qualify.problems import Problem, arguments
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16

@@ -9,9 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from rl_kernels.backends.gpu import heuristics
-from rl_kernels.backends.gpu.heuristics import A100, ADA, H100, Choice, Config, Device, Work, choose, estimate, use_config
-from rl_kernels.backends.gpu import tuner
+from rl_kernels.backends.gpu import heuristics, tuner
+from rl_kernels.backends.gpu.heuristics import (
+    A100,
+    ADA,
+    H100,
+    Choice,
+    Config,
+    Device,
+    Work,
+    choose,
+    estimate,
+    use_config,
+)
 from rl_kernels.backends.triton.configs import (
     FLOAT32_CONFIGS,
     PRODUCT_CONFIGS,

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl_kernels.ops import schema
 from rl_kernels.backends import record_store as gates
 from rl_kernels.backends import records, streamed
 from rl_kernels.backends.record_store import Gate
 from rl_kernels.backends.records import NO_RECORD, Here, Point, Record, Verdict, decide, describe, nearest, why_refused
+from rl_kernels.ops import schema
 
 OP, CPU = "mixed_linear", torch.device("cpu")
 HERE = Here("sm_90", 13000, "triton 3.8", "abc")

@@ -13,8 +13,6 @@ from torch import nn
 
 import rl_kernels as rl
 from rl_kernels.__main__ import main
-from rl_kernels.commands import plan
-from rl_kernels.conversion import zoo
 from tests.conversion.toys import ResNet, ViT
 
 
@@ -33,30 +31,30 @@ def libraries(monkeypatch):
         "transformers": {},
     }
     for name, made in makers.items():
-        library = models._Library(lambda made=made: list(made), lambda key, made=made: made[key](), name)
-        monkeypatch.setitem(models.LIBRARIES, name, library)
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "transformers" else object())
+        library = zoo._Library(lambda made=made: list(made), lambda key, made=made: made[key](), name)
+        monkeypatch.setitem(zoo.LIBRARIES, name, library)
+    monkeypatch.setattr(zoo, "find_spec", lambda name: None if name == "transformers" else object())
 
 
 def test_names_are_looked_for_in_order(libraries):
-    assert len(models.build("resnet").stages) == 4
-    assert len(models.build("timm/resnet").stages) == 2
-    assert isinstance(models.build("vit"), ViT)
+    assert len(zoo.build("resnet").stages) == 4
+    assert len(zoo.build("timm/resnet").stages) == 2
+    assert isinstance(zoo.build("vit"), ViT)
 
 
 def test_models_are_built_without_data_where_possible(libraries):
-    assert all(parameter.is_meta for parameter in models.build("vit").parameters())
-    assert not any(parameter.is_meta for parameter in models.build("awkward").parameters())
+    assert all(parameter.is_meta for parameter in zoo.build("vit").parameters())
+    assert not any(parameter.is_meta for parameter in zoo.build("awkward").parameters())
 
 
 def test_a_library_that_does_not_import_is_passed_by(libraries, monkeypatch):
     def names() -> list[str]:
         raise RuntimeError("made for another torch")
 
-    monkeypatch.setitem(models.LIBRARIES, "torchvision", models._Library(names, ResNet, ""))
-    assert len(models.build("resnet").stages) == 2
+    monkeypatch.setitem(zoo.LIBRARIES, "torchvision", zoo._Library(names, ResNet, ""))
+    assert len(zoo.build("resnet").stages) == 2
     with pytest.raises(ValueError, match=r"torchvision does not import: made for another torch"):
-        models.build("torchvision/resnet")
+        zoo.build("torchvision/resnet")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +69,7 @@ def test_a_library_that_does_not_import_is_passed_by(libraries, monkeypatch):
 )
 def test_unknown_models_are_named_with_what_is_near(libraries, name, message):
     with pytest.raises(ValueError, match=message):
-        models.build(name)
+        zoo.build(name)
 
 
 def test_torchvision_is_imported_where_its_operators_do_not_load(monkeypatch):
@@ -86,9 +84,9 @@ def test_torchvision_is_imported_where_its_operators_do_not_load(monkeypatch):
 
     if name in sys.modules or importlib.util.find_spec(name):
         pytest.skip("torchvision is here: the integration tests import it")
-    monkeypatch.setattr(models, "import_module", import_module)
-    assert models.import_torchvision().__name__ == name and len(calls) == 2
-    assert models.import_torchvision().__name__ == name and len(calls) == 3
+    monkeypatch.setattr(zoo, "import_module", import_module)
+    assert zoo.import_torchvision().__name__ == name and len(calls) == 2
+    assert zoo.import_torchvision().__name__ == name and len(calls) == 3
 
 
 # The command.
@@ -124,7 +122,7 @@ def test_the_command_reports_errors_in_a_sentence(libraries):
 
 
 def test_a_terminal_gets_tables_of_its_width(libraries, monkeypatch):
-    console = command.Console
-    monkeypatch.setattr(command, "Console", lambda: console(force_terminal=True, width=60, color_system=None))
+    console = plan.Console
+    monkeypatch.setattr(plan, "Console", lambda: console(force_terminal=True, width=60, color_system=None))
     code, output = run("resnet")
     assert code == 0 and max(map(len, output.splitlines())) <= 60 and "layer2.2" in output

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rl_kernels as rl
 from rl_kernels import functional as F
-from rl_kernels.ops.autograd import plain_torch
 from rl_kernels._extension import EXTENSION
 from rl_kernels.backends import cpu
 from rl_kernels.backends.selection import CannotServe
+from rl_kernels.ops.ways import plain_torch
 from tests.cpu.common import KINDS, Call, make
 from tests.ops.test_errors import CASES
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from rl_kernels.qualify.problems import Problem, arguments
 from rl_kernels.backends import cuda
 from rl_kernels.backends.cuda import configs
 from rl_kernels.backends.gpu.heuristics import Config, use_config
+from rl_kernels.qualify.problems import Problem, arguments
 from tests.emulated.backend import emulated
 from tests.emulated.exact import assert_exact
 

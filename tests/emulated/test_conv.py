@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from rl_kernels.qualify.problems import Problem, arguments
 from rl_kernels.backends.cuda import configs, conv, resident
 from rl_kernels.backends.gpu.heuristics import A100, Config, use_config
+from rl_kernels.qualify.problems import Problem, arguments
 from tests.emulated.backend import emulated
 from tests.emulated.exact import assert_exact, assert_near, results
 from tests.emulated.problems import BF16, F16, SMALL, TF32, run
@@ -55,9 +55,7 @@ def test_every_combination_of_gradients(wanted: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("dtypes", [(BF16, None), (torch.float32, BF16), (None, torch.float32)])
 @pytest.mark.parametrize(("layout", "groups", "splits"), [("contiguous", 1, 1), ("channels_last", 2, 3)])
-def test_added_to_what_is_there(
-    dtypes: tuple[torch.dtype | None, ...], layout: str, groups: int, splits: int
-) -> None:
+def test_added_to_what_is_there(dtypes: tuple[torch.dtype | None, ...], layout: str, groups: int, splits: int) -> None:
     """In the sources' type, or in float32, or one of them as ever."""
     problem = Problem(2, 16, 24, (3, 3), (5, 6), groups=groups, padding=1, layout=layout)
     call = arguments(problem, OPS[2], BF16, torch.device("cpu"))

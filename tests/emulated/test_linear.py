@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from rl_kernels.qualify.problems import Problem, arguments
 from rl_kernels.backends.cuda import configs, linear
 from rl_kernels.backends.gpu.heuristics import Config, use_config
+from rl_kernels.qualify.problems import Problem, arguments
 from tests.emulated.backend import emulated
 from tests.emulated.exact import assert_exact, assert_near, results
 from tests.emulated.problems import BF16, F16, SMALL, TF32, run

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.ops import shapes
-from rl_kernels.backends.gpu.convolution import Geometry, phases
 from rl_kernels.backends.cuda import resident
 from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.gpu.operands import Recipe
+from rl_kernels.backends.gpu.convolution import Geometry, phases
 from rl_kernels.backends.gpu.heuristics import cdiv
+from rl_kernels.backends.gpu.operands import Recipe
+from rl_kernels.ops import shapes
 from tests.emulated.backend import Edit, emulated
 from tests.emulated.exact import assert_near, mixed, operand
 from tests.emulated.machine.memory import Fault

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import rl_kernels as rl
-from rl_kernels.ops import schema
-from rl_kernels.qualify import command
 from rl_kernels.backends import Case, registered
+from rl_kernels.ops import schema
 from rl_kernels.testing import peak_memory
 
 MEBI = 1 << 20
@@ -22,7 +21,7 @@ def test_right_and_deterministic_in_every_configuration(name: str, op: str, dtyp
     backend = next(backend for backend in registered() if backend.name == name)
     case, device = Case(op, "cuda", dtype), torch.device("cuda")
     with torch.no_grad():
-        assert list(qualify.failures(backend, qualify.tests_of(backend, case), case, device)) == []
+        assert list(command.failures(backend, command.tests_of(backend, case), case, device)) == []
 
 
 def linear_and_conv() -> nn.Module:

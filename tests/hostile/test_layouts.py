@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.ops import shapes
 from rl_kernels.backends.selection import CannotServe
+from rl_kernels.ops import shapes
 from tests.hostile import BACKENDS, LEFT_OUT, MIXED, PLAIN, SPATIAL, plain_mix, using
 from tests.ops.body import _strides
 

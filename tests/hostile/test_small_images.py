@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rl_kernels.ops.autograd import plain_torch
+from rl_kernels.ops.ways import plain_torch
 from tests.conversion.common import relative_error
 from tests.hostile import BACKENDS, using
 from tests.ops.body import Case, make, run

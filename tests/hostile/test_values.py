@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.ops.autograd import plain_torch
+from rl_kernels.ops.ways import plain_torch
 from tests.hostile import BACKENDS, MIXED, PLAIN, SPATIAL, plain_mix, using
 from tests.ops.body import Case, Tensors, make, run
 

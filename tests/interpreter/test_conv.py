@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.ops import shapes
-from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends import reference
+from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.heuristics import H100, Config, use_config
 from rl_kernels.backends.triton import conv, depthwise
 from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS, RESIDENT_CONFIGS
 from rl_kernels.backends.triton.conv import CONV_CONFIGS, CONV_WGRAD_CONFIGS
+from rl_kernels.ops import shapes
 
 SMALL = Config(32, 16, 16, 4, 2)
 TINY = Config(16, 16, 16, 4, 2)

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from rl_kernels.ops import schema
 from rl_kernels.backends.triton import offline
 from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS
+from rl_kernels.ops import schema
 
 SHARED_STORES = {"sm_80": 8, "sm_90": 16, "sm_100": 16}
 """In the main loop of products at most: the mixed tile's trip through shared memory. A rise is a regression."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import rl_kernels as rl
 from rl_kernels import functional as F
-from rl_kernels.ops.autograd import plain_torch
 from rl_kernels.backends.selection import CannotServe
+from rl_kernels.ops.ways import plain_torch
 from rl_kernels.testing import assert_as_accurate, compare
 
 ODD_SIZES = (1, 2, 3, 5, 8, 13, 26)

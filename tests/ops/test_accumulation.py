@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import rl_kernels as rl
-from rl_kernels.ops.autograd import plain_torch
 from rl_kernels.backends import registered, selection
+from rl_kernels.ops.ways import plain_torch
 
 BACKENDS = [backend.name for backend in registered()]
 

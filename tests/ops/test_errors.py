@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.ops import schema
 from rl_kernels import functional as F
 from rl_kernels.backends import selection
+from rl_kernels.ops import schema
 
 W = torch.randn(5, 7)
 FILTER = torch.randn(6, 2, 3, 3)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import rl_kernels as rl
-from rl_kernels.ops import schema
 from rl_kernels import functional as F
+from rl_kernels.ops import schema
 
 GRANULARITIES = ("scalar", "channel")
 # (in, out) per group, size, kernel, stride, padding, dilation, groups

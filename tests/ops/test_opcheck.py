@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 import rl_kernels as rl
-from rl_kernels.ops import schema
 from rl_kernels.backends import registered
+from rl_kernels.ops import schema
 from tests.ops.test_gradcheck import CONVOLUTIONS
 
 BACKENDS = [backend.name for backend in registered()]

@@ -9,8 +9,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import rl_kernels as rl
 from rl_kernels import functional as F
-from rl_kernels.ops.autograd import plain_torch
 from rl_kernels.backends import registered
+from rl_kernels.ops.ways import plain_torch
 from rl_kernels.testing import assert_as_accurate, compare
 
 BACKENDS = [backend.name for backend in registered()]

@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 
-from rl_kernels.backends.gpu import convolution
-from rl_kernels.backends.gpu import operands
-from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.cuda import configs, extension
 from rl_kernels.backends.cuda.params import MOST_SOURCES
+from rl_kernels.backends.gpu import convolution, heuristics, operands
 from rl_kernels.backends.gpu.operands import IEEE, arithmetic
 from rl_kernels.backends.selection import Case, Variants
 

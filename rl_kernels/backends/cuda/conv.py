@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rl_kernels.ops import shapes
-from rl_kernels.backends.gpu.convolution import Geometry, as_matrix, as_pixels, is_product, phases
 from rl_kernels.backends.cuda import linear, product, resident, wgrad
 from rl_kernels.backends.cuda.product import Product
+from rl_kernels.backends.gpu.convolution import Geometry, as_matrix, as_pixels, is_product, phases
 from rl_kernels.backends.gpu.operands import Asked, Recipe
+from rl_kernels.ops import shapes
 
 
 def mixed_conv(

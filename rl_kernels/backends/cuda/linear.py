@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rl_kernels.ops import shapes
-from rl_kernels.backends.gpu.convolution import Geometry
 from rl_kernels.backends.cuda import product, small, wgrad
 from rl_kernels.backends.cuda.product import Product
+from rl_kernels.backends.gpu.convolution import Geometry
 from rl_kernels.backends.gpu.operands import Asked, Recipe
+from rl_kernels.ops import shapes
 
 
 def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None) -> Tensor:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rl_kernels.backends.gpu.convolution import Geometry
 from rl_kernels.backends.cuda import extension
-from rl_kernels.backends.gpu.operands import Recipe, bits, strides_of
+from rl_kernels.backends.gpu.convolution import Geometry
 from rl_kernels.backends.gpu.heuristics import cdiv
+from rl_kernels.backends.gpu.operands import Recipe, bits, strides_of
 
 MOST_SOURCES = 4
 COPIED_BYTES = 16

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rl_kernels.backends.gpu.convolution import Geometry
 from rl_kernels.backends.cuda import configs, extension
 from rl_kernels.backends.cuda.params import (
     GeometryParams,
@@ -23,8 +22,9 @@ from rl_kernels.backends.cuda.params import (
     strides5,
     vector_strides,
 )
-from rl_kernels.backends.gpu.operands import Recipe, arithmetic
+from rl_kernels.backends.gpu.convolution import Geometry
 from rl_kernels.backends.gpu.heuristics import Config, Device, Work, cdiv, choose, device_of
+from rl_kernels.backends.gpu.operands import Recipe, arithmetic
 
 KEPT_BYTES = 24 * 256
 """Of shared memory, beside the stages: where a convolution's pixels lie, of the largest tile."""

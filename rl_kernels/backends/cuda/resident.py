@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.cuda import configs
 from rl_kernels.backends.cuda.product import Product
+from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.heuristics import Device, cdiv, device_of
 
 ROWS = (16, 32, 64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.cuda.product import Product
+from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.heuristics import WORKSPACE_BYTES, Device, cdiv, device_of
 
 TOKENS = (8, 16)

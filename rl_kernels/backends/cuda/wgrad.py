@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rl_kernels.backends.gpu.convolution import Geometry
 from rl_kernels.backends.cuda import configs, extension
 from rl_kernels.backends.cuda.params import (
     COPIED_BYTES,
@@ -21,8 +20,9 @@ from rl_kernels.backends.cuda.params import (
     is_vector,
     strides5,
 )
-from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, bits
+from rl_kernels.backends.gpu.convolution import Geometry
 from rl_kernels.backends.gpu.heuristics import Config, Work, cdiv, choose, device_of
+from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, bits
 
 
 def differentiate(

@@ -230,11 +230,4 @@ def _special(name: str) -> Callable[[Warp], Any] | None:
     }.get(name)
 
 
-from tests.emulated.machine import arithmetic
-from tests.emulated.machine import control
-from tests.emulated.machine import hopper
-from tests.emulated.machine import matrix
-from tests.emulated.machine import mbarrier
-from tests.emulated.machine import tma
-from tests.emulated.machine import transfers
 from tests.emulated.machine import wgmma
