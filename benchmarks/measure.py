@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.contenders import Contender
-from benchmarks.roofline import last_level_cache
-from rl_kernels.testing import peak_memory
+from rl_kernels.testing import Clock, peak_memory
 
 
 @dataclass(frozen=True)
@@ -49,55 +46,6 @@ class Settings:
     def for_quick(cls, device: str, cold: bool) -> Settings:
         """A first look: a few rounds."""
         return cls(device, quick=True, cold=cold, warmup_calls=1, cell_seconds=0.7, min_rounds=5, max_rounds=7)
-
-
-class Clock:
-    """Times calls on one device, with warm caches or with cold ones."""
-
-    def __init__(self, device: str, cold: bool) -> None:
-        self.device, self.cold = device, cold
-        self._buffer: torch.Tensor | None = None
-
-    def evict(self) -> None:
-        """Stream through a buffer of twice the last cache: nothing else stays in it."""
-        if self._buffer is None:
-            size = max(64 << 20, 2 * last_level_cache(self.device))
-            self._buffer = torch.zeros(size // 4, device=self.device)
-        if self.device == "cuda":
-            self._buffer.zero_()
-        else:
-            self._buffer.sum()  # A read: dirty lines would be written back on the next call's time.
-
-    def seconds(self, call: Callable[[], Any], calls: int = 1) -> float:
-        """Seconds a call takes, as a mean over ``calls``; eviction is not counted."""
-        if self.device == "cuda":
-            return self._cuda_seconds(call, calls)
-        if not self.cold:
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            return (time.perf_counter() - start) / calls
-        total = 0.0
-        for _ in range(calls):
-            self.evict()
-            start = time.perf_counter()
-            call()
-            total += time.perf_counter() - start
-        return total / calls
-
-    def _cuda_seconds(self, call: Callable[[], Any], calls: int) -> float:
-        spans = calls if self.cold else 1
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(spans)]
-        torch.cuda.synchronize()
-        for start, end in events:
-            if self.cold:
-                self.evict()
-            start.record()
-            for _ in range(1 if self.cold else calls):
-                call()
-            end.record()
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in events) / 1e3 / calls
 
 
 def time_interleaved(

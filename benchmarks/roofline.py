@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.cases import Case
 from benchmarks.contenders import BOTH, FORWARD
-
-MEBI = 1 << 20
-
-
-def last_level_cache(device: str) -> int:
-    """Bytes of the largest cache: the GPU's L2, or what Linux says of the CPU (64 MiB where it says nothing)."""
-    if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).L2_cache_size)
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 * MEBI)
+from rl_kernels.testing.clock import MEBI, last_level_cache
 
 
 def measure_roofline(device: str, dtypes: Sequence[str]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class _Finder:
 
 def find_moved_modules() -> None:
     """From now on the modules of 0.1.0 can be imported."""
-    sys.meta_path.append(_Finder)  # type: ignore[arg-type]
+    sys.meta_path.append(_Finder)
 
 
 def still_callable(module: types.ModuleType, function: Callable[..., Any]) -> None:

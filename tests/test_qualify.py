@@ -51,11 +51,11 @@ def run(*options: str) -> Result:
 
 
 def reason(backend: str = "planted", op: str = "mixed_linear") -> str:
-    return next(s.reason for s in rl.backends("cpu") if (s.backend, s.case.op) == (backend, op))
+    return next(s.reason for s in rl.services("cpu") if (s.backend, s.case.op) == (backend, op))
 
 
 def serving() -> str:
-    return next(s.backend for s in rl.backends("cpu") if s.serves and s.case.op == "mixed_linear")
+    return next(s.backend for s in rl.services("cpu") if s.serves and s.case.op == "mixed_linear")
 
 
 def fast(*arguments: Any) -> torch.Tensor:

@@ -174,7 +174,7 @@ def run_demo(
                 name: {key: value for key, value in dataclasses.asdict(recipe).items() if key != "build"}
                 for name, recipe in RECIPES.items()
             },
-            "backends": str(rl.backends()).splitlines(),
+            "backends": str(rl.services()).splitlines(),
             "plans": {name: json.loads(plan.to_json()) for name, plan in plans.items()},
             "results": [result.as_record() for result in results],
         }

@@ -15,7 +15,7 @@ from torch import nn
 from rl_kernels._extension import EXTENSION, HOW_TO_BUILD, is_older_than_its_sources
 from rl_kernels._machine import machine, versions
 from rl_kernels._tables import simple_table
-from rl_kernels.backends import Case, backends, cpu, registered
+from rl_kernels.backends import Case, cpu, registered, services
 from rl_kernels.backends.cuda import extension as cuda_extension
 from rl_kernels.backends.selection import requested, use_backend
 from rl_kernels.nn import ReplacementConv2d, ReplacementLinear
@@ -131,7 +131,7 @@ def diagnose(console: Console) -> bool:
     for device in devices:
         for dtype in DTYPES:
             served = simple_table(f"What serves what: {device}, {dtype}", "op", "backend", "why")
-            for service in backends(device, dtype):
+            for service in services(device, dtype):
                 style = "bold" if service.serves else "dim"
                 served.add_row(service.case.op, service.backend, service.reason, style=style)
             console.print(served)

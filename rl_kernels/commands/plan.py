@@ -8,8 +8,8 @@ from typing import get_args
 import click
 from rich.console import Console
 
+from rl_kernels.conversion.options import Level, Norms, Share
 from rl_kernels.conversion.planner import plan
-from rl_kernels.conversion.plans import Level, Norms, Share
 from rl_kernels.conversion.targets import NAMED
 from rl_kernels.conversion.zoo import build
 from rl_kernels.nn.coefficients import GRANULARITIES

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from rl_kernels import nn as replacements
 from rl_kernels.nn import ReplacementLayer
-from rl_kernels.nn.layer import full_name, has_adapters
+from rl_kernels.nn.adapters import full_name, has_adapters
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -48,7 +48,7 @@ class Part:
         inside: the modules around the layer, the block first.
         class_name: of the layer, or ``"Parameter"``.
         parameters: how many numbers it holds.
-        own: why it cannot be replaced; empty where it can.
+        why_kept: why it cannot be replaced; empty where it can.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Part:
     inside: tuple[nn.Module, ...]
     class_name: str
     parameters: int
-    own: str = ""
+    why_kept: str = ""
 
 
 def join(*parts: str) -> str:
@@ -100,7 +100,7 @@ def replacement_for(layer: nn.Module) -> type[ReplacementLayer] | None:
     return None if source is None else _kinds()[source]
 
 
-def why_own(module: nn.Module, source: type[nn.Module]) -> str:
+def why_kept(module: nn.Module, source: type[nn.Module]) -> str:
     """Why a layer of torch's class ``source`` cannot be replaced; empty where it can."""
     for method in ("forward", "_conv_forward"):
         if method in vars(module) or getattr(type(module), method, None) is not getattr(source, method, None):
@@ -125,7 +125,7 @@ def _parts(module: nn.Module, path: str, inside: tuple[nn.Module, ...]) -> Itera
         return
     if source is not None:
         if (size := count(module)) > 0:
-            yield Part(path, module, _kinds()[source], inside, name, size, why_own(module, source))
+            yield Part(path, module, _kinds()[source], inside, name, size, why_kept(module, source))
         return
     children = [(child_name, child) for child_name, child in module._modules.items() if child is not None]
     bare = [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
@@ -145,7 +145,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _can_be_block(module: nn.Module) -> bool:
     """Whether ``module`` holds, or is, a layer with a matrix that can be replaced."""
-    return any(not part.own and not is_norm(part.module) for part in parts(module) if part.module is not None)
+    return any(not part.why_kept and not is_norm(part.module) for part in parts(module) if part.module is not None)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -229,7 +229,7 @@ def _within(leaf: Block, block: Block) -> bool:
 
 def leaf_layers(model: nn.Module) -> list[Block]:
     """All single layers with a matrix that can be replaced, wherever they are, in registration order."""
-    found = (part for part in parts(model) if not part.own and part.module is not None)
+    found = (part for part in parts(model) if not part.why_kept and part.module is not None)
     return [
         Block(part.path, part.module, inside=part.inside)
         for part in found

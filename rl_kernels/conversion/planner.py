@@ -8,7 +8,8 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from rl_kernels.conversion.blocks import check_plain, count
-from rl_kernels.conversion.plans import Level, Norms, Options, Plan, Share, one_of
+from rl_kernels.conversion.options import Level, Norms, Options, Share, one_of
+from rl_kernels.conversion.plans import Plan
 from rl_kernels.conversion.targets import Target, Targets
 from rl_kernels.conversion.walk import find, stages, summary, walk
 from rl_kernels.nn.coefficients import Constraint, Granularity, Init

@@ -1,26 +1,24 @@
-"""What a plan holds, how it is saved, and the options of replaced blocks."""
+"""A plan: what it holds, how it is saved, and how it prints."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterable
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
-from rl_kernels.nn import Coefficients
-from rl_kernels.nn.coefficients import GRANULARITIES, Constraint, Granularity
+from rl_kernels._moved import renamed, warn
+from rl_kernels.conversion.options import Options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
-Level = Literal["auto", "block", "layer"]
-Norms = Literal["mixed", "own"]
-Share = Literal["block", "layer"]
 Reason = Literal[
     "first",
     "last",
@@ -31,56 +29,8 @@ Reason = Literal[
     "nothing to replace",
 ]
 
-_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the layers of a replaced block mix: see ``plan``. Checked when made.
-
-    ``share`` becomes ``"block"`` where it is None, and ``"layer"`` with ``granularity="channel"``.
-    """
-
-    init: Literal["fit"] | tuple[float, ...] | None = None
-    constraint: Constraint = "free"
-    granularity: Granularity = "scalar"
-    detach: tuple[int, ...] = ()
-    share: Share | None = None
-    norms: Norms = "mixed"
-
-    def __post_init__(self) -> None:
-        one_of("granularity", self.granularity, GRANULARITIES)
-        one_of("norms", self.norms, get_args(Norms))
-        channel = self.granularity == "channel"
-        if self.share is None:
-            object.__setattr__(self, "share", "layer" if channel else "block")
-        one_of("share", self.share, get_args(Share))
-        if channel and self.share == "block":
-            raise ValueError("share: got 'block' with granularity 'channel', expected 'layer' or None")
-        object.__setattr__(self, "init", _checked_init(self.init))
-        values = torch.tensor(self.init) if isinstance(self.init, tuple) else torch.full((2,), 0.5)
-        Coefficients(values, self.constraint)
-        if not isinstance(self.detach, Collection) or not set(self.detach) <= {0, 1}:
-            raise ValueError(f"detach: got {self.detach!r}, expected indices out of 0 (the previous) and 1 (the next)")
-        object.__setattr__(self, "detach", tuple(sorted(set(self.detach))))
-
-
-def one_of(name: str, value: object, expected: Iterable[str]) -> None:
-    """Raise unless ``value`` is one of the ``expected``."""
-    if value not in tuple(expected):
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")
-
-
-def _checked_init(init: Any) -> Literal["fit"] | tuple[float, ...] | None:
-    if init is None or (isinstance(init, str) and init == "fit"):
-        return cast('Literal["fit"] | None', init)
-    try:
-        values = tuple(float(value) for value in (init.tolist() if isinstance(init, Tensor) else init))
-    except (TypeError, ValueError):
-        values = ()
-    if len(values) != 2:
-        raise ValueError(f"init: got {init!r}, expected None, 'fit' or two numbers")
-    return values
+_FORMAT = 2
+"""Format 1, of version 0.1.0, calls a block's ``kept`` parts ``own``; it is read too."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +49,7 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
-class OwnPart:
+class KeptPart:
     """What keeps its own parameters in a replaced block, and why."""
 
     path: str
@@ -118,7 +68,7 @@ class ReplacedBlock:
         class_name: of the block.
         sources: paths of the blocks that it is mixed from: the previous and the next.
         layers: what is replaced in it.
-        own: what keeps its own parameters.
+        kept: what keeps its own parameters.
         coefficients: how many numbers are learned in place of the layers' parameters.
     """
 
@@ -127,13 +77,25 @@ class ReplacedBlock:
     class_name: str
     sources: tuple[str, ...]
     layers: tuple[PlannedLayer, ...]
-    own: tuple[OwnPart, ...]
+    kept: tuple[KeptPart, ...]
     coefficients: int
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle, also of version 0.1.0."""
+        if "own" in state:
+            state["kept"] = state.pop("own")
+        self.__dict__.update(state)
+
+    @property
+    def own(self) -> tuple[KeptPart, ...]:
+        """The name of ``kept`` in version 0.1.0."""
+        warn("ReplacedBlock.own", "ReplacedBlock.kept")
+        return self.kept
 
     @property
     def parameters(self) -> int:
         """How many numbers the block holds before it is replaced."""
-        return sum(layer.parameters for layer in self.layers) + sum(part.parameters for part in self.own)
+        return sum(layer.parameters for layer in self.layers) + sum(part.parameters for part in self.kept)
 
     @property
     def saved(self) -> int:
@@ -219,8 +181,8 @@ class Plan:
         except json.JSONDecodeError as error:
             raise ValueError(f"text: got no JSON ({error}), expected a plan") from error
         found = fields.pop("format", None) if isinstance(fields, dict) else None
-        if found != _FORMAT:
-            raise ValueError(f"text: got format {found!r}, expected a plan of format {_FORMAT}")
+        if found not in (1, _FORMAT):
+            raise ValueError(f"text: got format {found!r}, expected a plan of format {_FORMAT}, or 1")
         try:
             return _plan_from(fields)
         except (TypeError, KeyError, AttributeError) as error:
@@ -240,23 +202,22 @@ class Plan:
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def __rich__(self) -> RenderableType:
-        from rl_kernels.conversion.table import render
-
-        return render(self)
+        return _rendered(self)
 
     def __str__(self) -> str:
-        from rl_kernels.conversion.table import as_text
+        from rl_kernels._tables import as_text
 
-        return as_text(self)
+        return as_text(_rendered(self))
 
 
 def _plan_from(fields: dict[str, Any]) -> Plan:
     def layer(shapes: dict[str, list[int]], **rest: Any) -> PlannedLayer:
         return PlannedLayer(shapes={name: tuple(shape) for name, shape in shapes.items()}, **rest)
 
-    def block(sources: list[str], layers: list[Any], own: list[Any], **rest: Any) -> ReplacedBlock:
-        planned, kept = tuple(layer(**item) for item in layers), tuple(OwnPart(**item) for item in own)
-        return ReplacedBlock(sources=tuple(sources), layers=planned, own=kept, **rest)
+    def block(sources: list[str], layers: list[Any], **rest: Any) -> ReplacedBlock:
+        parts = rest.pop("own") if "own" in rest else rest.pop("kept")
+        planned, kept = tuple(layer(**item) for item in layers), tuple(KeptPart(**item) for item in parts)
+        return ReplacedBlock(sources=tuple(sources), layers=planned, kept=kept, **rest)
 
     fields["targets"] = tuple(fields["targets"])
     fields["options"] = Options(**fields["options"])
@@ -264,3 +225,97 @@ def _plan_from(fields: dict[str, Any]) -> Plan:
     fields["replaced"] = tuple(block(**item) for item in fields["replaced"])
     fields["skipped"] = tuple(SkippedBlock(**item) for item in fields["skipped"])
     return Plan(**fields)
+
+
+# Printing, which alone needs rich: it takes a while to import.
+
+
+def _rendered(plan: Plan) -> RenderableType:
+    """What is replaced, what was skipped, what stays a replaced block's own, and the totals."""
+    from rich.console import Group
+
+    tables: list[RenderableType] = [_heading(plan), _replaced(plan)]
+    if plan.skipped:
+        tables.append(_skipped(plan))
+    if any(block.kept for block in plan.replaced):
+        tables.append(_kept(plan))
+    return Group(*tables, _totals(plan))
+
+
+def _heading(plan: Plan) -> Text:
+    from rich.text import Text
+
+    unit = plan.level
+    lines = [f"Plan for {plan.model}: {plan.blocks} {unit}s"]
+    if unit == "block":
+        lines[0] += ": " + "; ".join(
+            f"{stage.blocks} {stage.class_name} in {stage.path or 'it'}" for stage in plan.stages
+        )
+    if plan.fell_back:
+        lines.append("No block has two neighbours of its shape: single layers are replaced instead.")
+    due = f"A replacement falls due every {plan.every} {unit}s, first at number {plan.offset}"
+    lines.append(due + (". " if plan.strict else f", and goes to the first {unit} from there on that can be replaced."))
+    if plan.strict:
+        lines[-1] += f"A {unit} that cannot be replaced then is skipped."
+    if plan.targets:
+        lines.append(f"Targets: {', '.join(plan.targets)} only.")
+    return Text("\n".join([*lines, ""]))
+
+
+def _replaced(plan: Plan) -> Table:
+    from rl_kernels._tables import simple_table
+
+    numbers = ("#", "parameters", "after")
+    table = simple_table("Replaced", "#", plan.level, "mixed from", "layers", "parameters", "after", numbers=numbers)
+    for block in plan.replaced:
+        counts = Counter(layer.class_name for layer in block.layers)
+        layers = "\n".join(f"{n} {name}" for name, n in counts.items())
+        before, after = block.parameters, block.parameters - block.saved
+        table.add_row(str(block.number), block.path, "\n".join(block.sources), layers, f"{before:,}", f"{after:,}")
+    return table
+
+
+def _skipped(plan: Plan) -> Table:
+    from rl_kernels._tables import simple_table
+
+    table = simple_table("Due, but skipped", "#", plan.level, "why", "", numbers=("#",))
+    for block in plan.skipped:
+        table.add_row(str(block.number), block.path, block.reason, block.detail)
+    return table
+
+
+def _kept(plan: Plan) -> Table:
+    from rl_kernels._tables import simple_table
+
+    numbers = ("parameters",)
+    table = simple_table("Stays a replaced block's own", "what", "class", "in", "parameters", "why", numbers=numbers)
+    rows: dict[tuple[str, str, str], list[tuple[int, int]]] = defaultdict(list)
+    for block in plan.replaced:
+        for part in block.kept:
+            rows[part.path, part.class_name, part.reason].append((block.number, part.parameters))
+    for (path, class_name, reason), found in rows.items():
+        blocks = ", ".join(str(number) for number, _ in found)
+        table.add_row(path, class_name, blocks, f"{sum(size for _, size in found):,}", reason)
+    return table
+
+
+def _totals(plan: Plan) -> Text:
+    from rich.text import Text
+
+    options = plan.options
+    unit = plan.level if options.share == "block" else "layer"
+    pairs = f"one pair of coefficients a {unit}" + (" and channel" if options.granularity == "channel" else "")
+    starts = {None: "0.5 each", "fit": "the least-squares fit"}
+    start = str(options.init) if isinstance(options.init, tuple) else starts[options.init]
+    details = [pairs, options.constraint, f"starting from {start}"]
+    if options.detach:
+        details.append("no gradient to the " + " or the ".join(("previous", "next")[j] for j in options.detach))
+    return Text(
+        f"{len(plan.replaced)} of {plan.blocks} {plan.level}s replaced; {', '.join(details)}.\n"
+        f"Parameters: {plan.parameters:,} -> {plan.parameters_after:,} "
+        f"({plan.saved:,} saved, {100 * plan.saved / plan.parameters:.1f} %)"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name, {"OwnPart": ("KeptPart", KeptPart)})

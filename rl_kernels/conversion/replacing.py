@@ -16,9 +16,10 @@ from rl_kernels.conversion.blocks import (
     join,
     replacement_for,
     torch_class,
-    why_own,
+    why_kept,
 )
-from rl_kernels.conversion.plans import Options, Plan, PlannedLayer, ReplacedBlock
+from rl_kernels.conversion.options import Options
+from rl_kernels.conversion.plans import Plan, PlannedLayer, ReplacedBlock
 from rl_kernels.nn import ReplacementLayer
 from rl_kernels.nn.coefficients import Init, initial_coefficients
 
@@ -28,7 +29,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def replace(model: Model, plan: Plan) -> Model:
-    """Replace the layers that ``plan`` names, in place.
+    """Replace the layers that ``plan`` names, in item.
 
     Do it before the optimizer is made: the layers' parameters go, and coefficients come. Coefficients are trainable
     where a replaced parameter of their block was. Everything is checked before anything is changed. In
@@ -54,8 +55,8 @@ def replace(model: Model, plan: Plan) -> Model:
     sharing = Sharing(model)
     blocks = [[_find(model, block, layer, sharing) for layer in block.layers] for block in plan.replaced]
     _check_apart(blocks)
-    made = {path: layer for places in blocks for path, layer in _make(places, plan.options)}
-    source_paths = {place.path: place.source_paths for places in blocks for place in places}
+    made = {path: layer for items in blocks for path, layer in _make(items, plan.options)}
+    source_paths = {item.path: item.source_paths for items in blocks for item in items}
     for path, layer in made.items():
         model.set_submodule(path, layer)
         steps = [source.rpartition(".") for source in source_paths[path]]
@@ -65,7 +66,7 @@ def replace(model: Model, plan: Plan) -> Model:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Replacement:
     """A layer to be replaced, as it was found in the model."""
 
     path: str
@@ -75,8 +76,8 @@ class _Place:
     source_paths: tuple[str, ...]
 
 
-def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: Sharing) -> _Place:
-    path, *source_paths = (join(place, layer.path) for place in (block.path, *block.sources))
+def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: Sharing) -> _Replacement:
+    path, *source_paths = (join(where, layer.path) for where in (block.path, *block.sources))
     own = _layer(model, path)
     if class_of(own).__name__ != layer.class_name:
         raise ValueError(f"model: got {class_of(own).__name__} at {path}, expected {layer.class_name} as in the plan")
@@ -86,12 +87,12 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
     kind = replacement_for(own)
     if kind is None:
         raise ValueError(f"model: got {layer.class_name} at {path}, for which there is no replacement")
-    sources = tuple(_layer(model, place) for place in source_paths)
-    for place, module in zip((path, *source_paths), (own, *sources), strict=True):
+    sources = tuple(_layer(model, where) for where in source_paths)
+    for where, module in zip((path, *source_paths), (own, *sources), strict=True):
         source = torch_class(module)
-        reason = why_own(module, source) if source is not None else ""
+        reason = why_kept(module, source) if source is not None else ""
         if reason:
-            raise ValueError(f"model: got a layer at {place} that cannot be mixed: {reason}")
+            raise ValueError(f"model: got a layer at {where} that cannot be mixed: {reason}")
     try:
         kind.check_sources([*sources, own])
     except (TypeError, ValueError) as error:
@@ -101,7 +102,7 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
         raise ValueError(f"model: got shared parameters ({elsewhere}), expected those of replaced layers used once")
     if any(getattr(module, hooks, None) for module in own.modules() for hooks in _HOOKS):
         raise ValueError(f"model: got hooks at {path}, which would be lost; expected them to be registered afterwards")
-    return _Place(path, kind, own, sources, tuple(source_paths))
+    return _Replacement(path, kind, own, sources, tuple(source_paths))
 
 
 def _layer(model: nn.Module, path: str) -> nn.Module:
@@ -111,42 +112,44 @@ def _layer(model: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"model: got {type(model).__name__} without {path}, expected it as in the plan") from None
 
 
-def _check_apart(blocks: Sequence[Sequence[_Place]]) -> None:
+def _check_apart(blocks: Sequence[Sequence[_Replacement]]) -> None:
     """Raise if a layer is replaced twice, or replaced and mixed from."""
-    places = [place for block in blocks for place in block]
-    taken = {id(source) for place in places for source in place.sources}
-    for place in places:
-        if id(place.own) in taken:
-            raise ValueError(f"plan: got {place.path} replaced twice or mixed from, expected neighbours to be kept")
-        taken.add(id(place.own))
+    items = [item for block in blocks for item in block]
+    taken = {id(source) for item in items for source in item.sources}
+    for item in items:
+        if id(item.own) in taken:
+            raise ValueError(f"plan: got {item.path} replaced twice or mixed from, expected neighbours to be kept")
+        taken.add(id(item.own))
 
 
-def _make(places: Sequence[_Place], options: Options) -> Iterator[tuple[str, ReplacementLayer]]:
+def _make(items: Sequence[_Replacement], options: Options) -> Iterator[tuple[str, ReplacementLayer]]:
     """The new layers of a block with their paths. The first holds the coefficients that the others share."""
     if options.share == "layer":
-        for place in places:
-            yield place.path, _with_coefficients(place, options.init, options, instead_of=[place])
+        for item in items:
+            yield item.path, _with_coefficients(item, options.init, options, instead_of=[item])
         return
     init: Init = options.init
     if isinstance(init, str):
-        pairs = [pair for place in places for pair in place.kind.fit_pairs(place.own, place.sources)]
-        init = initial_coefficients(init, len(places[0].sources), None, options.constraint, pairs)
-    first = _with_coefficients(places[0], init, options, instead_of=places)
-    yield places[0].path, first
-    for place in places[1:]:
+        pairs = [pair for item in items for pair in item.kind.fit_pairs(item.own, item.sources)]
+        init = initial_coefficients(init, len(items[0].sources), None, options.constraint, pairs)
+    first = _with_coefficients(items[0], init, options, instead_of=items)
+    yield items[0].path, first
+    for item in items[1:]:
         borrowed = first.coefficient_module
-        yield place.path, place.kind(place.sources, own=place.own, detach=options.detach, coefficients=borrowed)
+        yield item.path, item.kind(item.sources, own=item.own, detach=options.detach, coefficients=borrowed)
 
 
-def _with_coefficients(place: _Place, init: Init, options: Options, instead_of: Sequence[_Place]) -> ReplacementLayer:
-    made = place.kind(
-        place.sources,
-        own=place.own,
+def _with_coefficients(
+    item: _Replacement, init: Init, options: Options, instead_of: Sequence[_Replacement]
+) -> ReplacementLayer:
+    made = item.kind(
+        item.sources,
+        own=item.own,
         init=init,
         constraint=options.constraint,
         granularity=options.granularity,
         detach=options.detach,
     )
-    trained = any(parameter.requires_grad for place in instead_of for parameter in place.own.parameters())
+    trained = any(parameter.requires_grad for item in instead_of for parameter in item.own.parameters())
     made.coefficient_module.requires_grad_(trained)
     return made

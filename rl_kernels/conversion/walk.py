@@ -22,12 +22,11 @@ from rl_kernels.conversion.blocks import (
     leaf_layers,
     parts,
     torch_class,
-    why_own,
+    why_kept,
 )
+from rl_kernels.conversion.options import Level, Options
 from rl_kernels.conversion.plans import (
-    Level,
-    Options,
-    OwnPart,
+    KeptPart,
     PlannedLayer,
     Reason,
     ReplacedBlock,
@@ -35,7 +34,7 @@ from rl_kernels.conversion.plans import (
     Stage,
 )
 from rl_kernels.conversion.targets import Targets
-from rl_kernels.nn.layer import full_name, has_adapters
+from rl_kernels.nn.adapters import full_name, has_adapters
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Slot:
 
     block: Block
     wanted: list[Part]
-    own: list[OwnPart]
+    kept: list[KeptPart]
     previous: Block | None = None
     next: Block | None = None
     obstacle: Obstacle | None = None
@@ -135,13 +134,15 @@ def _kind_of_layer(layer: nn.Module) -> str:
 
 
 def _slot(block: Block, targets: Targets, sharing: Sharing) -> Slot:
-    wanted, own = [], []
+    wanted, kept = [], []
     for part in parts(block.module, block.inside):
-        if not part.own and targets.wants(block.path, part):
+        if not part.why_kept and targets.wants(block.path, part):
             wanted.append(part)
         else:
-            own.append(OwnPart(part.path, part.class_name, part.parameters, part.own or _why_unwanted(part, targets)))
-    slot = Slot(block, wanted, own)
+            kept.append(
+                KeptPart(part.path, part.class_name, part.parameters, part.why_kept or _why_unwanted(part, targets))
+            )
+    slot = Slot(block, wanted, kept)
     if not wanted:
         slot.obstacle = Obstacle("nothing to replace", f"no target in {class_of(block.module).__name__}")
     slot.obstacle = slot.obstacle or _shared(slot, sharing)
@@ -188,7 +189,7 @@ def _difference(part: Part, block: Block, neighbour: Block) -> str:
         return f"{path} is {class_of(found).__name__}, {join(block.path, part.path)} {part.class_name}"
     source = torch_class(found)
     assert source is not None
-    reason = why_own(found, source)
+    reason = why_kept(found, source)
     if reason:
         return f"{path} cannot be mixed: {reason}"
     mine, theirs = part.kind.signature(part.module), part.kind.signature(found)
@@ -242,7 +243,7 @@ def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
         class_name=class_of(slot.block.module).__name__,
         sources=(slot.previous.path, slot.next.path),
         layers=tuple(layers),
-        own=tuple(slot.own),
+        kept=tuple(slot.kept),
         coefficients=2 if options.share == "block" else sum(layer.coefficients for layer in layers),
     )
 

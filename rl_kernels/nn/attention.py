@@ -10,7 +10,8 @@ import torch.nn.functional as aten
 from torch import Tensor, nn
 
 from rl_kernels import functional as F
-from rl_kernels.nn.layer import ReplacementLayer, parameter_of
+from rl_kernels.nn.adapters import parameter_of
+from rl_kernels.nn.layer import ReplacementLayer
 
 IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 

@@ -37,15 +37,12 @@ class Coefficients(nn.Module):
 
     def __init__(self, initial: Tensor, constraint: Constraint = "free"):
         super().__init__()
-        if constraint not in CONSTRAINTS:
-            raise ValueError(f"constraint: got {constraint!r}, expected one of {', '.join(CONSTRAINTS)}")
+        check_constraint(constraint)
         self.constraint: Constraint = constraint
         if constraint == "free":
             self.coefficients = nn.Parameter(initial.detach().clone())
             return
-        total = initial.sum(0)
-        if not initial.is_meta and (bool((initial <= 0).any()) or not torch.allclose(total, torch.ones_like(total))):
-            raise ValueError(f"init: got {initial.tolist()}, expected positive coefficients with sum 1 (convex)")
+        check_convex(initial)
         self.logits = nn.Parameter(initial.detach().log())
 
     def forward(self) -> Tensor:
@@ -68,6 +65,19 @@ class Coefficients(nn.Module):
     def extra_repr(self) -> str:
         """Shape and constraint, for printing."""
         return f"{self.shape}, constraint={self.constraint!r}"
+
+
+def check_constraint(constraint: str) -> None:
+    """Raise unless there is such a constraint."""
+    if constraint not in CONSTRAINTS:
+        raise ValueError(f"constraint: got {constraint!r}, expected one of {', '.join(CONSTRAINTS)}")
+
+
+def check_convex(initial: Tensor) -> None:
+    """Raise unless convex coefficients can start at ``initial``: positive, with sum 1 over the sources."""
+    total = initial.sum(0)
+    if not initial.is_meta and (bool((initial <= 0).any()) or not torch.allclose(total, torch.ones_like(total))):
+        raise ValueError(f"init: got {initial.tolist()}, expected positive coefficients with sum 1 (convex)")
 
 
 def initial_coefficients(

@@ -1,4 +1,4 @@
-"""How a replaced layer refers to its neighbours, and what all replaced layers share."""
+"""The base of all replaced layers: how it refers to its neighbours, and what a kind of layer defines."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from rl_kernels import functional as F
+from rl_kernels.nn.adapters import check_adapters, full_name, parameter_of
 from rl_kernels.nn.coefficients import (
     GRANULARITIES,
     Coefficients,
@@ -47,55 +45,6 @@ class Unregistered:
         return self.modules[j]
 
 
-def parameter_of(source: nn.Module, name: str) -> Any:
-    """The parameter ``name`` of ``source``, or what torch's parametrizations make of it, as it is now.
-
-    Raises:
-        RuntimeError: one that a hook makes in the source's own forward, and that is out of date before.
-    """
-    parameter = source._parameters.get(name)
-    if parameter is not None:  # The usual case, without the search of nn.Module.__getattr__.
-        return parameter
-    if name in vars(source):
-        for hook in source._forward_pre_hooks.values():
-            if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
-                raise RuntimeError(
-                    f"sources: got a {type(source).__name__} whose {name} is made by {type(hook).__name__} of "
-                    f"{type(hook).__module__} in its own forward, out of date in other layers; expected a parameter, "
-                    "or torch.nn.utils.parametrizations"
-                )
-    return getattr(source, name)
-
-
-def has_adapters(module: nn.Module | None) -> bool:
-    """Whether ``module`` is one of peft's wrappers around a layer, told by their protocol: peft is never imported."""
-    return hasattr(type(module), "adapter_layer_names")
-
-
-def check_adapters(source: nn.Module, parent: nn.Module, name: str) -> None:
-    """Raise if what stands in the place of ``source`` computes with ``source``'s weight and adapters beside it.
-
-    Raises:
-        RuntimeError: adapters that are neither merged into the source's own weight nor disabled.
-    """
-    wrapper: Any = parent._modules.get(name)
-    if not has_adapters(wrapper):
-        return
-    # Merged and disabled at once: the wrapper takes them out of the weight when it runs, too late for the mix.
-    plain = getattr(wrapper, "base_layer", None) is source and wrapper.merged != wrapper.disable_adapters
-    if not plain:
-        raise RuntimeError(
-            f"sources: got a {type(source).__name__} ({name} of {type(parent).__name__}) with adapters "
-            f"({full_name(wrapper)}), which the mix of its weight would leave out; expected them merged "
-            "(merge_adapter, merge_and_unload) or disabled"
-        )
-
-
-def full_name(module: nn.Module) -> str:
-    """The class of ``module`` with where it is from."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 class ReplacementLayer(nn.Module):
     """A layer without weights of its own: it runs on ``sum_j c_j * W_j`` over its sources (arXiv 2410.01239).
 
@@ -126,7 +75,7 @@ class ReplacementLayer(nn.Module):
     source_type: ClassVar[tuple[type[nn.Module], ...]]
     """What a source may be."""
 
-    _places: tuple[tuple[nn.Module, str], ...] = ()
+    _holders: tuple[tuple[nn.Module, str], ...] = ()
     """The module that holds each source, and under which name; empty where nobody said so."""
 
     def __init__(
@@ -181,6 +130,12 @@ class ReplacementLayer(nn.Module):
     def from_neighbours(cls: type[Layer], prev: nn.Module, next: nn.Module, **options: Any) -> Layer:
         """The paper's layer, ``a * W[prev] + b * W[next]``; options as the constructor's."""
         return cls((prev, next), **options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle, also of version 0.1.0, which called what holds the sources ``_places``."""
+        if "_places" in state:
+            state["_holders"] = state.pop("_places")
+        super().__setstate__(state)
 
     # What a kind of layer defines.
 
@@ -258,16 +213,16 @@ class ReplacementLayer(nn.Module):
         moved = ("dtype", "device")
         self._check_alike("sources[0]", sources[0], "the one bound before", self._sources[0], ignored=moved)
         self._sources = Unregistered(*sources)
-        places = zip(sources, self._places, strict=False)
-        still = [parent._modules.get(name) is source for source, (parent, name) in places]
-        self._places = self._places if all(still) else ()
+        held = zip(sources, self._holders, strict=False)
+        still = [parent._modules.get(name) is source for source, (parent, name) in held]
+        self._holders = self._holders if all(still) else ()
 
-    def place_sources(self, *places: tuple[nn.Module, str]) -> None:
+    def place_sources(self, *holders: tuple[nn.Module, str]) -> None:
         """Say which module holds each source, and under which name: what wraps a source there is noticed then.
 
         Without it a replaced layer sees its sources alone, and not that peft has put adapters around one.
         """
-        self._places = places
+        self._holders = holders
 
     @property
     def coefficient_module(self) -> Coefficients:
@@ -296,7 +251,7 @@ class ReplacementLayer(nn.Module):
 
     def _seen(self) -> Unregistered:
         """The sources, after a look at what stands in their places."""
-        for source, (parent, name) in zip(self._sources, self._places, strict=False):
+        for source, (parent, name) in zip(self._sources, self._holders, strict=False):
             if parent._modules.get(name) is not source:
                 check_adapters(source, parent, name)
         return self._sources

@@ -107,7 +107,7 @@ def _register_wgrad(family: Family) -> None:
         differentiated = DifferentiatedWgrad(family, dy, x, recipe, ctx.geometry, wants_dy, wants_x, wanted)
         d_dy, d_x, d_weights, d_coefficients, d_biases = differentiated.gradients(against)
         of_biases = list(d_biases) if ctx.has_biases else None
-        of_masks = (None, None, None if ctx.has_biases else [])
+        of_masks: tuple[Any, ...] = (None, None, None if ctx.has_biases else [])
         return d_dy, d_x, list(d_weights), d_coefficients, of_biases, *of_masks, *_nones(ctx.geometry)
 
     def composite(*arguments: Any) -> tuple[list[Tensor], Tensor, list[Tensor]]:

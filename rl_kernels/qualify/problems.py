@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl_kernels.ops import shapes
 from rl_kernels.ops.mix import accumulate_dtype
+from rl_kernels.ops.shapes import conv_output_size
+from rl_kernels.ops.values import Call, Geometry, Recipe, Wanted
 
 
 @dataclass(frozen=True)
@@ -150,52 +150,63 @@ def grid(op: str, device: str, quick: bool) -> list[Problem]:
     return found[::3] if quick and "linear" in op else found
 
 
-def arguments(problem: Problem, op: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """Random arguments of ``op``, the same every time."""
-    generator = torch.Generator(device).manual_seed(0)
-    stored = torch.float32 if problem.halved else dtype
-    spatial, dim = len(problem.kernel), len(problem.kernel) + 2
+def make_call(problem: Problem, op: str, dtype: torch.dtype, device: torch.device) -> Call:
+    """A call of ``op`` with random arguments, the same every time."""
+    make = _Maker(problem, dtype, device)
+    recipe, geometry = make.recipe(), None
+    out, within = problem.out * problem.groups, problem.within * problem.groups
+    x_shape, y_shape = (problem.batch, within, *problem.size), [problem.batch, out]
+    if problem.kernel:
+        spatial = len(problem.kernel)
+        geometry = Geometry(
+            [problem.stride] * spatial, [problem.padding] * spatial, [problem.dilation] * spatial, problem.groups
+        )
+        y_shape += conv_output_size(problem.size, problem.kernel, geometry)
+    if op.endswith("dgrad"):
+        dy = make.activation(y_shape)
+        return Call(op, dy, recipe._replace(biases=None), geometry, input_size=[*x_shape] if geometry else None)
+    x = make.activation(x_shape)
+    if not op.endswith("wgrad"):
+        return Call(op, x, recipe, geometry)
+    return Call(op, make.activation(y_shape), recipe, geometry, x=x, wanted=_wanted(problem))
 
-    def random(shape: Sequence[int], to: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(to)
 
-    def laid_out(value: Tensor) -> Tensor:
-        if problem.layout == "sliced":
-            return value.repeat_interleave(2, -1)[..., ::2]
+class _Maker:
+    def __init__(self, problem: Problem, dtype: torch.dtype, device: torch.device):
+        self.problem, self.dtype, self.device = problem, dtype, device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device).to(dtype)
+
+    def recipe(self) -> Recipe:
+        problem = self.problem
+        stored = torch.float32 if problem.halved else self.dtype
+        out = problem.out * problem.groups
+        scale = 1 / math.sqrt(max(1, problem.within * math.prod(problem.kernel)))
+        shape = (out, problem.within, *problem.kernel)
+        weights = [self.random(shape, stored) * scale for _ in range(problem.sources)]
         if problem.layout == "channels_last":
-            return value.to(memory_format=torch.channels_last if dim == 4 else torch.channels_last_3d)
+            weights = [self.laid_out(weight) for weight in weights]
+        biases = [self.random((out,), stored) for _ in range(problem.sources)] if problem.biased else None
+        per_source = (out,) if problem.per_channel else ()
+        return Recipe(weights, self.random((problem.sources, *per_source), accumulate_dtype(stored)), biases)
+
+    def activation(self, shape: Sequence[int]) -> Tensor:
+        return self.laid_out(self.random(shape, self.dtype))
+
+    def laid_out(self, value: Tensor) -> Tensor:
+        if self.problem.layout == "sliced":
+            return value.repeat_interleave(2, -1)[..., ::2]
+        if self.problem.layout == "channels_last":
+            return value.to(memory_format=torch.channels_last if value.dim() == 4 else torch.channels_last_3d)
         return value
 
-    out, within = problem.out * problem.groups, problem.within * problem.groups
-    scale = 1 / math.sqrt(max(1, problem.within * math.prod(problem.kernel)))
-    weight_shape = (out, problem.within, *problem.kernel)
-    weights = [random(weight_shape, stored) * scale for _ in range(problem.sources)]
-    if problem.layout == "channels_last":
-        weights = [laid_out(weight) for weight in weights]
-    biases = [random((out,), stored) for _ in range(problem.sources)] if problem.biased else None
-    shape = (problem.sources, out) if problem.per_channel else (problem.sources,)
-    coefficients = random(shape, accumulate_dtype(stored))
-    geometry: tuple[Any, ...] = ()
-    y_shape: Sequence[int] = (problem.batch, out)
-    if spatial:
-        steps = [[value] * spatial for value in (problem.stride, problem.padding, problem.dilation)]
-        geometry = (*steps, problem.groups)
-        y_shape = (problem.batch, out, *shapes.conv_output_size(problem.size, problem.kernel, *steps))
-    x_shape = (problem.batch, within, *problem.size)
-    if op.endswith("dgrad"):
-        input_size = ([*x_shape],) if spatial else ()
-        return (laid_out(random(y_shape, dtype)), weights, coefficients, *input_size, *geometry)
-    x = laid_out(random(x_shape, dtype))
-    if not op.endswith("wgrad"):
-        return (x, weights, coefficients, biases, *geometry)
-    dy = laid_out(random(y_shape, dtype))
-    return (dy, x, weights, coefficients, biases, *_masks(problem), *geometry)
 
-
-def _masks(problem: Problem) -> tuple[list[bool], bool, list[bool]]:
+def _wanted(problem: Problem) -> Wanted:
     everything, last = problem.wanted == "all", problem.wanted == "last"
     ends = [False] * (problem.sources - 1) + [last]
-    return (
+    return Wanted(
         [everything or end for end in ends],
         everything or problem.wanted == "coefficients",
         [everything or problem.wanted == "biases" or end for end in ends] if problem.biased else [],

@@ -1,7 +1,18 @@
-"""What users, and this package's own tests, check gradients and memory with."""
+"""What users, and this package's own tests, check gradients and memory with, and measure time with."""
 
 from rl_kernels.testing.accuracy import Comparison, assert_as_accurate, compare
+from rl_kernels.testing.allocations import poisoned
+from rl_kernels.testing.clock import Clock
 from rl_kernels.testing.gradients import Report, check_gradients
 from rl_kernels.testing.memory import peak_memory
 
-__all__ = ["Comparison", "Report", "assert_as_accurate", "check_gradients", "compare", "peak_memory"]
+__all__ = [
+    "Clock",
+    "Comparison",
+    "Report",
+    "assert_as_accurate",
+    "check_gradients",
+    "compare",
+    "peak_memory",
+    "poisoned",
+]

@@ -28,7 +28,7 @@ def layers(plan: rl.Plan) -> list[str]:
 
 
 def own(plan: rl.Plan) -> dict[str, str]:
-    return {part.path: part.reason for part in plan.replaced[0].own}
+    return {part.path: part.reason for part in plan.replaced[0].kept}
 
 
 # Finding blocks.

@@ -149,8 +149,8 @@ else:
 for kind in ("resnet", "encoder"):
     losses = train(*converted(kind))[:3]
     assert losses[-1] < losses[0], losses
-print({s.backend for s in rl.backends("cpu") if s.serves})
-print([s.reason for s in rl.backends("cpu") if s.backend == "cpu"][0])
+print({s.backend for s in rl.services("cpu") if s.serves})
+print([s.reason for s in rl.services("cpu") if s.backend == "cpu"][0])
 """
 
 

@@ -292,7 +292,7 @@ def test_a_plan_leaves_adapted_layers_as_they_are() -> None:
     import_peft().inject_adapter_in_model(lora("query", "value"), model)
     model.requires_grad_(True)
     plan = rl.plan(model)
-    own = {part.path: part.reason for part in plan.replaced[0].own}
+    own = {part.path: part.reason for part in plan.replaced[0].kept}
     reason = "it has adapters (peft.tuners.lora.layer.Linear)"
     assert own == {"attention.self.query": reason, "attention.self.value": reason}
     check_replaced(model, (tokens(),), lambda found: found.last_hidden_state)

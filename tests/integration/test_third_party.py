@@ -24,7 +24,7 @@ def paths(plan: rl.Plan) -> list[tuple[int, str]]:
 
 
 def own_classes(plan: rl.Plan) -> set[str]:
-    return {part.class_name for block in plan.replaced for part in block.own}
+    return {part.class_name for block in plan.replaced for part in block.kept}
 
 
 # torchvision.

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from rl_kernels import functional as F
 from rl_kernels.backends import selection
-from rl_kernels.ops import schema
 
 W = torch.randn(5, 7)
 FILTER = torch.randn(6, 2, 3, 3)
@@ -244,22 +243,22 @@ def test_the_same_words_everywhere(way: str) -> None:
 def test_raw_ops_check_too() -> None:
     one = torch.ones(1)
     with pytest.raises(RuntimeError, match=r"dy: got shape \(4, 7\), expected \(\*, 5\)"):
-        schema.mixed_linear_dgrad(X, [W], one)
+        torch.ops.rl_kernels.mixed_linear_dgrad(X, [W], one)
     with pytest.raises(RuntimeError, match=r"dy: got shape \(3, 5\), expected \(4, 5\)"):
-        schema.mixed_linear_wgrad(torch.randn(3, 5), X, [W], one, None, [True], True, [])
+        torch.ops.rl_kernels.mixed_linear_wgrad(torch.randn(3, 5), X, [W], one, None, [True], True, [])
     with pytest.raises(RuntimeError, match=r"dy: got torch.float64 on cpu, expected torch.float32 on cpu"):
-        schema.mixed_linear_wgrad(torch.randn(4, 5).double(), X, [W], one, None, [True], True, [])
+        torch.ops.rl_kernels.mixed_linear_wgrad(torch.randn(4, 5).double(), X, [W], one, None, [True], True, [])
     with pytest.raises(RuntimeError, match=r"weights_mask: got 2 entries, expected 1"):
-        schema.mixed_linear_wgrad(torch.randn(4, 5), X, [W], one, None, [True, True], True, [])
+        torch.ops.rl_kernels.mixed_linear_wgrad(torch.randn(4, 5), X, [W], one, None, [True, True], True, [])
     with pytest.raises(RuntimeError, match=r"biases_mask: got 1 entries, expected 0"):
-        schema.mixed_linear_wgrad(torch.randn(4, 5), X, [W], one, None, [True], True, [True])
+        torch.ops.rl_kernels.mixed_linear_wgrad(torch.randn(4, 5), X, [W], one, None, [True], True, [True])
     with pytest.raises(RuntimeError, match=r"coefficients: got dtype torch.float64, expected torch.float32"):
-        schema.mixed_linear(X, [W], one.double(), None)
+        torch.ops.rl_kernels.mixed_linear(X, [W], one.double(), None)
     geometry = ([1, 1], [0, 0], [1, 1], 2)
     with pytest.raises(RuntimeError, match=r"dy: got shape \(2, 6, 5, 6\), expected \(2, 6, 6, 6\)"):
-        schema.mixed_conv_dgrad(torch.randn(2, 6, 5, 6), [FILTER], one, [2, 4, 8, 8], *geometry)
+        torch.ops.rl_kernels.mixed_conv_dgrad(torch.randn(2, 6, 5, 6), [FILTER], one, [2, 4, 8, 8], *geometry)
     with pytest.raises(RuntimeError, match=r"input_size: got \[2, 3, 8, 8\], expected \(batch, 4, 2 spatial sizes\)"):
-        schema.mixed_conv_dgrad(torch.randn(2, 6, 6, 6), [FILTER], one, [2, 3, 8, 8], *geometry)
+        torch.ops.rl_kernels.mixed_conv_dgrad(torch.randn(2, 6, 6, 6), [FILTER], one, [2, 3, 8, 8], *geometry)
 
 
 def test_an_in_place_change_before_backward_is_caught() -> None:

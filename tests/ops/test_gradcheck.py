@@ -9,7 +9,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import rl_kernels as rl
 from rl_kernels import functional as F
-from rl_kernels.ops import schema
 
 GRANULARITIES = ("scalar", "channel")
 # (in, out) per group, size, kernel, stride, padding, dilation, groups
@@ -88,11 +87,19 @@ def test_registered_ops(kind: str, n: int, granularity: str) -> None:
     if kind == "linear":
         x, geometry, dgrad_geometry = random(4, 3), (), ()
         weights, coefficients, biases = recipe(n, granularity, 2, (2, 3))
-        forward, dgrad, wgrad = schema.mixed_linear, schema.mixed_linear_dgrad, schema.mixed_linear_wgrad
+        forward, dgrad, wgrad = (
+            torch.ops.rl_kernels.mixed_linear,
+            torch.ops.rl_kernels.mixed_linear_dgrad,
+            torch.ops.rl_kernels.mixed_linear_wgrad,
+        )
     else:
         x, (weights, coefficients, biases), geometry = convolution("conv2d-grouped-dilated", n, granularity)
         dgrad_geometry = (list(x.shape), *geometry)
-        forward, dgrad, wgrad = schema.mixed_conv, schema.mixed_conv_dgrad, schema.mixed_conv_wgrad
+        forward, dgrad, wgrad = (
+            torch.ops.rl_kernels.mixed_conv,
+            torch.ops.rl_kernels.mixed_conv_dgrad,
+            torch.ops.rl_kernels.mixed_conv_wgrad,
+        )
     dy = random(*forward(x, weights, coefficients, biases, *geometry).shape)
 
     def run_forward(x: Tensor, coefficients: Tensor, *sources: Tensor) -> Tensor:
@@ -122,7 +129,9 @@ def test_part_of_a_wgrad(wanted: str) -> None:
     masks = ([wanted == "weights", False], wanted == "coefficients", [False, wanted == "biases"])
 
     def run(dy: Tensor, x: Tensor, coefficients: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
-        outputs = schema.mixed_linear_wgrad(dy, x, list(sources[:2]), coefficients, list(sources[2:]), *masks)
+        outputs = torch.ops.rl_kernels.mixed_linear_wgrad(
+            dy, x, list(sources[:2]), coefficients, list(sources[2:]), *masks
+        )
         return tuple(tensor for tensor in flat(outputs) if tensor.numel())
 
     assert gradcheck(run, (dy, x, coefficients, *weights, *biases))

@@ -9,7 +9,6 @@ from torch.library import opcheck
 
 import rl_kernels as rl
 from rl_kernels.backends import registered
-from rl_kernels.ops import schema
 from tests.ops.test_gradcheck import CONVOLUTIONS
 
 BACKENDS = [backend.name for backend in registered()]
@@ -35,12 +34,15 @@ def test_linear(n: int, dtype: torch.dtype, backend: str) -> None:
     weights, coefficients, biases = recipe(n, (5, 7), dtype)
     x, dy = random((2, 3, 7), dtype), random((2, 3, 5), dtype)
     with rl.use_backend(backend):
-        opcheck(schema.mixed_linear, (x, weights, coefficients, biases))
-        opcheck(schema.mixed_linear, (x, weights, coefficients, None))
-        opcheck(schema.mixed_linear_dgrad, (dy, weights, coefficients))
-        opcheck(schema.mixed_linear_wgrad, (dy, x, weights, coefficients, biases, [True] * n, True, [True] * n))
-        opcheck(schema.mixed_linear_wgrad, (dy, x, weights, coefficients, None, [False] * n, True, []))
-        opcheck(schema.mixed_linear_wgrad, (dy, x, weights, coefficients, None, [True] * n, False, []))
+        opcheck(torch.ops.rl_kernels.mixed_linear, (x, weights, coefficients, biases))
+        opcheck(torch.ops.rl_kernels.mixed_linear, (x, weights, coefficients, None))
+        opcheck(torch.ops.rl_kernels.mixed_linear_dgrad, (dy, weights, coefficients))
+        opcheck(
+            torch.ops.rl_kernels.mixed_linear_wgrad,
+            (dy, x, weights, coefficients, biases, [True] * n, True, [True] * n),
+        )
+        opcheck(torch.ops.rl_kernels.mixed_linear_wgrad, (dy, x, weights, coefficients, None, [False] * n, True, []))
+        opcheck(torch.ops.rl_kernels.mixed_linear_wgrad, (dy, x, weights, coefficients, None, [True] * n, False, []))
 
 
 def conv_cases() -> list[Any]:
@@ -62,8 +64,10 @@ def test_conv(name: str, layouts: tuple[str, str], backend: str) -> None:
     weights, coefficients, biases = recipe(2, (outside * groups, inside, *kernel), torch.float32, layouts[1])
     x = random((2, inside * groups, *size), torch.float32, layouts[0])
     with rl.use_backend(backend):
-        dy = torch.randn_like(schema.mixed_conv(x, weights, coefficients, biases, *geometry)).requires_grad_()
-        opcheck(schema.mixed_conv, (x, weights, coefficients, biases, *geometry))
-        opcheck(schema.mixed_conv_dgrad, (dy, weights, coefficients, list(x.shape), *geometry))
+        dy = torch.randn_like(
+            torch.ops.rl_kernels.mixed_conv(x, weights, coefficients, biases, *geometry)
+        ).requires_grad_()
+        opcheck(torch.ops.rl_kernels.mixed_conv, (x, weights, coefficients, biases, *geometry))
+        opcheck(torch.ops.rl_kernels.mixed_conv_dgrad, (dy, weights, coefficients, list(x.shape), *geometry))
         for masks in (([True, True], True, [True, False]), ([False, True], False, [False, False])):
-            opcheck(schema.mixed_conv_wgrad, (dy, x, weights, coefficients, biases, *masks, *geometry))
+            opcheck(torch.ops.rl_kernels.mixed_conv_wgrad, (dy, x, weights, coefficients, biases, *masks, *geometry))

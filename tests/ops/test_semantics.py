@@ -233,8 +233,8 @@ def test_unknown_backends_are_named() -> None:
 def test_the_environment_variable_forces_a_backend() -> None:
     program = (
         "import rl_kernels as rl\n"
-        "print({s.backend for s in rl.backends() if s.serves})\n"
-        "with rl.use_backend('streamed'): print({s.backend for s in rl.backends() if s.serves})"
+        "print({s.backend for s in rl.services() if s.serves})\n"
+        "with rl.use_backend('streamed'): print({s.backend for s in rl.services() if s.serves})"
     )
     environment = {**os.environ, "RL_KERNELS_BACKEND": "reference"}
     result = subprocess.run(
@@ -312,7 +312,7 @@ def test_listeners_hear_of_every_change() -> None:
 
 
 def test_backends_prints_a_table() -> None:
-    services = rl.backends("cpu", torch.bfloat16)
+    services = rl.services("cpu", torch.bfloat16)
     assert len(services) == 6 * len(BACKENDS)
     text = str(services)
     assert text.splitlines()[0].split() == ["op", "device", "dtype", "backend", "serves", "why"]

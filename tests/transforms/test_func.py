@@ -13,7 +13,6 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from rl_kernels.ops import schema
 from tests.transforms.common import KINDS, Ops, Problem, images, loss_of, net, problem, tracing
 
 EVERYTHING = tuple(range(6))
@@ -275,7 +274,9 @@ def test_a_part_of_a_wgrad_under_forward_mode() -> None:
     dy = torch.randn(4, 4, dtype=torch.float64)
 
     def run(x: Tensor) -> Any:
-        return schema.mixed_linear_wgrad(dy, x, [w1, w2], c, [b1, b2], [False, True], False, [True, False])
+        return torch.ops.rl_kernels.mixed_linear_wgrad(
+            dy, x, [w1, w2], c, [b1, b2], [False, True], False, [True, False]
+        )
 
     (dweights, dc, dbiases), (t_weights, t_c, _) = jvp(run, (x,), (x,))
     assert [g.numel() for g in (*dweights, dc, *dbiases)] == [0, 16 + 8, 0, 4, 0]

@@ -1,0 +1,59 @@
+"""What stands between a source and its parameters: parametrizations, hooks, and other libraries' adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def parameter_of(source: nn.Module, name: str) -> Any:
+    """The parameter ``name`` of ``source``, or what torch's parametrizations make of it, as it is now.
+
+    Raises:
+        RuntimeError: one that a hook makes in the source's own forward, and that is out of date before.
+    """
+    parameter = source._parameters.get(name)
+    if parameter is not None:  # The usual case, without the search of nn.Module.__getattr__.
+        return parameter
+    if name in vars(source):
+        for hook in source._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+                raise RuntimeError(
+                    f"sources: got a {type(source).__name__} whose {name} is made by {type(hook).__name__} of "
+                    f"{type(hook).__module__} in its own forward, out of date in other layers; expected a parameter, "
+                    "or torch.nn.utils.parametrizations"
+                )
+    return getattr(source, name)
+
+
+def has_adapters(module: nn.Module | None) -> bool:
+    """Whether ``module`` is one of peft's wrappers around a layer, told by their protocol: peft is never imported."""
+    return hasattr(type(module), "adapter_layer_names")
+
+
+def check_adapters(source: nn.Module, parent: nn.Module, name: str) -> None:
+    """Raise if what stands in the place of ``source`` computes with ``source``'s weight and adapters beside it.
+
+    Raises:
+        RuntimeError: adapters that are neither merged into the source's own weight nor disabled.
+    """
+    wrapper: Any = parent._modules.get(name)
+    if not has_adapters(wrapper):
+        return
+    # Merged and disabled at once: the wrapper takes them out of the weight when it runs, too late for the mix.
+    plain = getattr(wrapper, "base_layer", None) is source and wrapper.merged != wrapper.disable_adapters
+    if not plain:
+        raise RuntimeError(
+            f"sources: got a {type(source).__name__} ({name} of {type(parent).__name__}) with adapters "
+            f"({full_name(wrapper)}), which the mix of its weight would leave out; expected them merged "
+            "(merge_adapter, merge_and_unload) or disabled"
+        )
+
+
+def full_name(module: nn.Module) -> str:
+    """The class of ``module`` with where it is from."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
