@@ -94,14 +94,14 @@ def phases(
         yield pixels, taps, shifts, shift_steps
 
 
-def parts(activation: Tensor, groups: int) -> Iterator[tuple[slice, Tensor]]:
-    """The parts of a batch that run at a time, and each as it is to be read."""
+def parts(out: Tensor, activation: Tensor, groups: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parts of a batch that run at a time: of the output, and of the activation as it is to be read."""
     images = images_at_a_time(activation.shape[1] // groups, activation)
     if images == 0:
-        yield slice(None), activation
+        yield out, activation
     for first in range(0, activation.shape[0] if images else 0, images or 1):
         part = slice(first, first + images)
-        yield part, channels_innermost(activation[part])
+        yield out[part], channels_innermost(activation[part])
 
 
 def images_at_a_time(channels: int, *activations: Tensor) -> int:
@@ -111,7 +111,7 @@ def images_at_a_time(channels: int, *activations: Tensor) -> int:
     workspace, costs less unless there are few channels a group.
     """
     elements = sum(tensor[0].numel() for tensor in activations if tensor.stride(1) != 1 and tensor.shape[0] > 0)
-    if channels < heuristics.LEAST_DEPTH or elements == 0:
+    if channels < heuristics.MIN_DEPTH or elements == 0:
         return 0
     return min(heuristics.WORKSPACE_BYTES // (elements * activations[0].element_size()), activations[0].shape[0])
 

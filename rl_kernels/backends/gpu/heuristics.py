@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 
 WORKSPACE_BYTES = 32 << 20
-"""The most memory that a call takes for the partial sums of a split reduction."""
+"""Bytes, at most, that a call takes for the partial sums of a split reduction."""
 
 
 class Device(NamedTuple):
-    """What the choice depends on.
+    """What the choice of a configuration depends on, of a GPU.
 
     Attributes:
         multiprocessors: how many.
@@ -53,14 +53,15 @@ class Config(NamedTuple):
 
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-LEAST_DEPTH = 16
-"""Of the matrix instructions."""
+"""The numbers of parts in which a sum may be split."""
+MIN_DEPTH = 16
+"""The shortest sum that matrix instructions take."""
 FEW_COLUMNS = 64
-"""Up to so many, of tokens say, are one tile's: what bounds such a product, the rows' bytes, is read once."""
+"""The most columns, tokens say, that have to be one tile's: the rows, which bound such a product, are read once."""
 SHARED_BYTES = 128
-"""Of shared memory, that a multiprocessor reads or writes in a cycle."""
+"""Bytes of shared memory that a multiprocessor reads or writes in a cycle."""
 MIXED_BYTES = 64
-"""Of sources, that a multiprocessor mixes in a cycle: to float32, multiplied, added and rounded."""
+"""Bytes of sources that a multiprocessor mixes in a cycle: to float32, multiplied, added and rounded."""
 START = 2000.0
 """Cycles that a program takes to fill its pipeline and to finish its tile; a further launch takes twice that."""
 
@@ -78,7 +79,7 @@ class Work(NamedTuple):
         slowness: of the matrix instructions, relative to 16-bit ones.
         taps: over which the sum goes as well, each as deep.
         repeats: such products side by side: a convolution's groups.
-        most_splits: of the sum.
+        max_splits: the most parts of the sum.
     """
 
     rows: int
@@ -90,7 +91,7 @@ class Work(NamedTuple):
     slowness: float
     taps: int = 1
     repeats: int = 1
-    most_splits: int = 32
+    max_splits: int = 32
 
 
 class Choice(NamedTuple):
@@ -148,7 +149,7 @@ def recording() -> Iterator[dict[tuple[Work, Device], tuple[Config, ...]]]:
 
 
 def shared_bytes(work: Work, config: Config) -> int:
-    """Of shared memory: the stages of the pipeline, and the mixed tile on its way to the matrix instructions."""
+    """Shared memory that a program takes: its pipeline's stages, and the mixed tile on its way to the products."""
     step = config.rows * work.row_bytes + config.columns * work.column_bytes
     return config.depth * (config.stages * step + config.rows * work.scratch_bytes)
 
@@ -203,7 +204,7 @@ def choose(work: Work, configs: tuple[Config, ...], device: Device) -> Choice:
     """
     if _forced is not None:
         config, splits = _forced
-        return _choice(work, shortened(config, work), min(splits, work.most_splits))
+        return _choice(work, shortened(config, work), min(splits, work.max_splits))
     if _seen is not None:
         _seen[work, device] = configs
     found = _table.get((work, device)) if _table else None
@@ -213,7 +214,7 @@ def choose(work: Work, configs: tuple[Config, ...], device: Device) -> Choice:
 def shortened(config: Config, work: Work) -> Config:
     """The configuration with no more depth than there is to sum."""
     power = 1 << max(0, work.depth - 1).bit_length()
-    return config._replace(depth=min(config.depth, max(LEAST_DEPTH, power)))
+    return config._replace(depth=min(config.depth, max(MIN_DEPTH, power)))
 
 
 def _choice(work: Work, config: Config, splits: int) -> Choice:
@@ -236,7 +237,7 @@ def candidates(work: Work, configs: tuple[Config, ...], device: Device) -> list[
         for splits in SPLITS:
             too_short = work.taps * work.depth < splits * config.depth
             too_large = 4 * splits * work.repeats * work.rows * work.columns > WORKSPACE_BYTES
-            if splits > 1 and (splits > work.most_splits or too_short or too_large):
+            if splits > 1 and (splits > work.max_splits or too_short or too_large):
                 break
             found.append((estimate(work, config, splits, device), config, splits))
     assert found, f"configs: none fits {device.shared_bytes} bytes of shared memory"

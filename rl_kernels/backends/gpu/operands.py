@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,17 +15,14 @@ from rl_kernels.ops.values import Gradients, Recipe, Wanted
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:
-    """Of (batch or out, channel, depth, height, width); 0 for dimensions that the tensor lacks."""
-    first, channel, *spatial = tensor.stride()
-    return (first, channel, *(0,) * (3 - len(spatial)), *spatial)
+    """Strides of (batch or out, channel, depth, height, width); 0 for dimensions that the tensor lacks."""
+    strides = tensor.stride()
+    return strides[:2] + (0,) * (5 - len(strides)) + strides[2:]
 
 
 def is_far(*tensors: Tensor) -> bool:
     """Whether offsets within a tensor, with some room for what lies outside, may pass 2^31 elements."""
-    return any(
-        max(t.numel(), sum(size * stride for size, stride in zip(t.shape, t.stride(), strict=True))) >= 1 << 30
-        for t in tensors
-    )
+    return any([max(t.numel(), sum(map(operator.mul, t.shape, t.stride()))) >= 1 << 30 for t in tensors])
 
 
 class StridedRecipe:

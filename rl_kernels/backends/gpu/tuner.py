@@ -12,10 +12,10 @@ import torch
 
 from rl_kernels.backends.gpu.heuristics import Config, Device, Table, Work, candidates, recording, use_table
 
-MOST = 12
-"""How many configurations are timed of each product: those with the best estimates."""
-GAIN = 0.98
-"""What of the time a configuration has to leave to replace the estimate's choice: less is noise."""
+MAX_TIMED = 12
+"""Configurations of each product that are timed: those with the best estimates."""
+MAX_RATIO = 0.98
+"""A configuration's time over that of the estimate's choice, at most, to replace it: what is above may be noise."""
 
 
 def tune(
@@ -31,21 +31,21 @@ def tune(
         seconds: measures a step; by default the median of nine, by CUDA events.
 
     Returns:
-        The table, with an entry for each product of which another configuration than the estimate's was faster; for
-        ``heuristics.use_table``.
+        A table for ``heuristics.use_table``: an entry for each product at which another configuration than the
+        estimate's was faster.
     """
     seconds = seconds or seconds_on_gpu
     with recording() as seen:
         step()
     table: Table = {}
     for (work, device), configs in seen.items():
-        first, *others = candidates(work, configs, device)[:MOST]
+        first, *others = candidates(work, configs, device)[:MAX_TIMED]
         times = {}
         for candidate in (first, *others):
             with use_table({**table, (work, device): candidate}):
                 times[candidate] = seconds(step)
         best = min(times, key=times.__getitem__)
-        if times[best] < GAIN * times[first]:
+        if times[best] < MAX_RATIO * times[first]:
             table[work, device] = best
     if path is not None:
         save(table, path)

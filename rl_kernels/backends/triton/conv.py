@@ -1,389 +1,153 @@
-"""The convolutions, as implicit products.
+"""The convolutions: each as the products, or the sums, that serve it best.
 
-Forward and dgrad are one correlation (``geometry.py``), over a slice of the mixed weight for every tap. A strided dgrad
-is one for each phase of the stride, over the taps that meet it: no zero is multiplied. As in ``linear.py`` the product
-is computed transposed, the mixed tile first.
+One tap without stride is a linear layer over pixels (``linear.py``). A filter of its own for every channel is no
+product (``depthwise.py``); a filter of few channels stays on chip (``resident.py``); all others are implicit products
+(``dense.py``). A strided dgrad is a correlation for each phase of the stride, over the taps that meet it: no zero is
+multiplied.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.convolution import (
-    Geometry,
+    Correlation,
     as_filter,
     as_matrix,
     as_pixels,
-    channels_innermost,
-    images_at_a_time,
     is_product,
     parts,
     phases,
 )
-from rl_kernels.backends.gpu.heuristics import Config, Work, cdiv, choose
-from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, is_far, on_device, strides_of
-from rl_kernels.backends.triton import configs, depthwise, linear, resident
-from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
-from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile, wgrad_tile
-from rl_kernels.backends.triton.geometry import (
-    UNSPECIALISED,
-    is_inside,
-    jump,
-    pixel_of,
-    place,
-    tap_of,
-    tap_pointers,
-)
-from rl_kernels.backends.triton.linear import GROUP, dot, reduce_product, tile_of
-from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias, mixed_tile
-from rl_kernels.ops import shapes
-
-# The largest product spills: beside its sums there are the pixels' coordinates to keep. One more is for 64 features.
-CONV_CONFIGS = (*PRODUCT_CONFIGS[1:3], Config(64, 256, 32, 8, 4), *PRODUCT_CONFIGS[3:])
-# The last two are for few channels: a first layer's, and groups'.
-CONV_WGRAD_CONFIGS = (*WGRAD_CONFIGS, Config(64, 16, 64, 4, 4), Config(16, 16, 128, 2, 4))
+from rl_kernels.backends.gpu.heuristics import Work
+from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe, arithmetic, on_device
+from rl_kernels.backends.triton import dense, depthwise, linear, resident
+from rl_kernels.backends.triton.configs import choose_resident
+from rl_kernels.backends.triton.epilogue import Epilogue
+from rl_kernels.ops.shapes import conv_memory_format, empty_conv_input, empty_conv_output
+from rl_kernels.ops.values import Geometry, Gradients, Recipe, Wanted
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def correlate_kernel(
-    out,
-    activation,
-    weights,
-    coefficients,
-    biases,
-    pixels,
-    features,
-    channels,
-    steps,
-    all_steps,
-    split_stride,
-    sizes,
-    out_sizes,
-    taps,
-    first_shifts,
-    shift_steps,
-    pixel_steps,
-    strides,
-    out_strides,
-    weight_strides,
-    source_stride,
-    channel_stride,
-    bias_strides,
-    N: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DIMENSIONS: tl.constexpr,
-    EVEN: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """out[n, feature, pixel] = sum over taps and channels of activation[n, channel, input pixel] * W, for one group.
-
-    features and channels are a group's. W is read as (feature, channel, tap). TRANSPOSED: the output channel of W is
-    the channel that is summed. EVEN: channels are a multiple of their block. WIDE: offsets may pass 2^31. A split takes
-    ``steps`` of the sum's blocks, of which there are ``all_steps``, to a place of its own, ``split_stride`` apart.
-    """
-    group, split = tl.program_id(1), tl.program_id(2)
-    row, column = tile_of(tl.program_id(0), tl.cdiv(features, BLOCK_FEATURES), tl.cdiv(pixels, BLOCK_PIXELS), GROUP)
-    first_feature = row * BLOCK_FEATURES
-    f, c = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_CHANNELS)
-    p = column * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    if WIDE:
-        p = column.to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-        f, c = f.to(tl.int64), c.to(tl.int64)
-    in_features, in_pixels = first_feature + f < features, p < pixels
-    n, d, h, w = pixel_of(p, out_sizes)
-    from_d = d * pixel_steps[0] + first_shifts[0]
-    from_h = h * pixel_steps[1] + first_shifts[1]
-    from_w = w * pixel_steps[2] + first_shifts[2]
-
-    wide_group = group.to(tl.int64)
-    activation += wide_group * channels * strides[1]
-    activation_offsets = c[:, None] * strides[1] + place(n, from_d, from_h, from_w, strides)[None, :]
-    pointers, offsets = (), ()
-    for j in tl.static_range(N):
-        if TRANSPOSED:
-            shift = wide_group * channels * weight_strides[j][1]
-        else:
-            shift = wide_group * features * weight_strides[j][0]
-        pointers = pointers + (weights[j] + shift + first_feature.to(tl.int64) * weight_strides[j][0],)
-        offsets = offsets + (f[:, None] * weight_strides[j][0] + c[None, :] * weight_strides[j][1],)
-    coefficient_channels = group * features + first_feature + f
-    if PER_CHANNEL and not TRANSPOSED:
-        rows = load_factors(coefficients, source_stride, channel_stride, coefficient_channels, in_features, N, True)
-        factors = ()
-        for j in tl.static_range(N):
-            factors = factors + (rows[j][:, None],)
-    elif not PER_CHANNEL:
-        factors = load_factors(coefficients, source_stride, channel_stride, 0, True, N, False)
-
-    dtype: tl.constexpr = activation.dtype.element_ty
-    all_taps = taps[0] * taps[1] * taps[2]
-    total = tl.zeros((BLOCK_FEATURES, BLOCK_PIXELS), tl.float32)
-    for step in tl.range(split * steps, tl.minimum(split * steps + steps, all_steps)):
-        # Taps innermost: they read the same lines of the activation, and of a weight that has its taps innermost.
-        start = step // all_taps * BLOCK_CHANNELS
-        t_d, t_h, t_w = tap_of(step % all_taps, taps)
-        at_d, at_h, at_w = t_d * shift_steps[0], t_h * shift_steps[1], t_w * shift_steps[2]
-        inside = in_pixels & is_inside(from_d + at_d, from_h + at_h, from_w + at_w, sizes, DIMENSIONS)
-        shifted = tap_pointers(pointers, weight_strides, t_d, t_h, t_w, N)
-        here = ()
-        for j in tl.static_range(N):
-            here = here + (shifted[j] + tl.cast(start, tl.int64) * weight_strides[j][1],)
-        from_here = activation + tl.cast(start, tl.int64) * strides[1] + jump(t_d, t_h, t_w, shift_steps, strides)
-        in_channels = start + c < channels
-        if PER_CHANNEL and TRANSPOSED:
-            columns = load_factors(
-                coefficients, source_stride, channel_stride, group * channels + start + c, in_channels, N, True
-            )
-            factors = ()
-            for j in tl.static_range(N):
-                factors = factors + (columns[j][None, :],)
-        if EVEN:
-            weight = mixed_tile(here, offsets, factors, in_features[:, None], N, dtype)
-            tile = tl.load(from_here + activation_offsets, mask=inside[None, :], other=0.0)
-        else:
-            weight = mixed_tile(here, offsets, factors, in_features[:, None] & in_channels[None, :], N, dtype)
-            tile = tl.load(from_here + activation_offsets, mask=in_channels[:, None] & inside[None, :], other=0.0)
-        total = dot(weight, tile, total, PRECISION, WIDEN)
-
-    if HAS_BIAS:
-        rows = load_factors(
-            coefficients, source_stride, channel_stride, coefficient_channels, in_features, N, PER_CHANNEL
-        )
-        total += mixed_bias(biases, bias_strides, rows, coefficient_channels, in_features, N, dtype)[:, None]
-    # Anew, and written otherwise, for the compiler not to keep what it would find again alive across the loop.
-    p = tl.arange(0, BLOCK_PIXELS) - (0 - column) * BLOCK_PIXELS
-    if WIDE:
-        p = tl.arange(0, BLOCK_PIXELS) - (0 - column.to(tl.int64)) * BLOCK_PIXELS
-    n, d, h, w = pixel_of(p, out_sizes)
-    out += split.to(tl.int64) * split_stride + (wide_group * features + first_feature) * out_strides[1]
-    places = f[:, None] * out_strides[1] + place(n, d, h, w, out_strides)[None, :]
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=in_features[:, None] & (p < pixels)[None, :])
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def wgrad_kernel(
-    gradients,
-    partial,
-    dots,
-    dy,
-    x,
-    weights,
-    coefficients,
-    pixels,
-    groups,
-    out_features,
-    in_features,
-    steps,
-    sizes,
-    out_sizes,
-    taps,
-    first_shifts,
-    shift_steps,
-    pixel_steps,
-    strides,
-    dy_strides,
-    gradient_strides,
-    weight_strides,
-    source_stride,
-    channel_stride,
-    N: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    WANTED: tl.constexpr,
-    ADDED: tl.constexpr,
-    DOTS: tl.constexpr,
-    FAR: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DIMENSIONS: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-):
-    """One tile of G[out, in, tap] = sum over pixels of dy[n, out, pixel] * x[n, in, input pixel], finished at once.
-
-    Or, if SPLIT, a split's share of it into partial (split, tap, out, in). out_features and in_features are a group's.
-    """
-    rows, columns = tl.cdiv(out_features, BLOCK_OUT), tl.cdiv(in_features, BLOCK_IN)
-    all_taps = taps[0] * taps[1] * taps[2]
-    group, row, column, tap = wgrad_tile(tl.program_id(0), rows, columns, all_taps)
-    split = tl.program_id(1)
-    t_d, t_h, t_w = tap_of(tap, taps)
-    first = split * steps * BLOCK_PIXELS
-    last = tl.minimum(first + steps * BLOCK_PIXELS, pixels)
-    o, i, t = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_PIXELS)
-    if WIDE:
-        o, i, t = o.to(tl.int64), i.to(tl.int64), t.to(tl.int64)
-    first_out, first_in = row * BLOCK_OUT, column * BLOCK_IN
-    in_rows, in_columns = first_out + o < out_features, first_in + i < in_features
-    dy += (group.to(tl.int64) * out_features + first_out) * dy_strides[1]
-    x += (group.to(tl.int64) * in_features + first_in) * strides[1]
-    shift_d = first_shifts[0] + t_d * shift_steps[0]
-    shift_h = first_shifts[1] + t_h * shift_steps[1]
-    shift_w = first_shifts[2] + t_w * shift_steps[2]
-    dy_offsets, x_offsets = o[:, None] * dy_strides[1], i[None, :] * strides[1]
-
-    g = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    for start in tl.range(first, last, BLOCK_PIXELS):
-        p = start + t
-        n, d, h, w = pixel_of(p, out_sizes)
-        x_d, x_h, x_w = d * pixel_steps[0] + shift_d, h * pixel_steps[1] + shift_h, w * pixel_steps[2] + shift_w
-        inside = (p < last) & is_inside(x_d, x_h, x_w, sizes, DIMENSIONS)
-        dy_places, x_places = place(n, d, h, w, dy_strides), place(n, x_d, x_h, x_w, strides)
-        a = tl.load(dy + (dy_offsets + dy_places[None, :]), mask=in_rows[:, None] & inside[None, :], other=0.0)
-        b = tl.load(x + (x_places[:, None] + x_offsets), mask=inside[:, None] & in_columns[None, :], other=0.0)
-        g = dot(a, b, g, PRECISION, WIDEN)
-
-    out_channels = groups * out_features
-    first_out += group * out_features
-    if SPLIT:
-        partial += (tl.cast(split, tl.int64) * all_taps + tap) * out_channels * in_features
-        partial += tl.cast(first_out, tl.int64) * in_features + first_in
-        places = o[:, None] * in_features + i[None, :]
-        tl.store(partial + places, g, mask=in_rows[:, None] & in_columns[None, :])
-    else:
-        if PER_CHANNEL:
-            part, parts = column * all_taps + tap, columns * all_taps
-        else:
-            part, parts = tl.program_id(0), tl.num_programs(0)
-        finish_tile(
-            g,
-            tap_pointers(gradients, gradient_strides, t_d, t_h, t_w, N),
-            tap_pointers(weights, weight_strides, t_d, t_h, t_w, N),
-            coefficients, dots, first_out, first_in, in_rows, in_columns, part, parts, out_channels,
-            gradient_strides, weight_strides, source_stride, channel_stride, N, PER_CHANNEL, WANTED, ADDED, DOTS, FAR,
-        )  # fmt: skip
-
-
-# The ops.
-
-
-def mixed_conv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    spatial = shapes.conv_output_size(x.shape[2:], weights[0].shape[2:], stride, padding, dilation)
-    memory_format = shapes.conv_memory_format(x, weights)
-    size = (x.shape[0], weights[0].shape[0], *spatial)
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
-    if is_product(weights[0], stride, padding, groups, x, y):
-        return _multiply(y, x, weights, coefficients, biases, transposed=False)
-    recipe = Recipe(weights, coefficients)
-    shifts = [-pad for pad in padding]
+def mixed_conv(x: Tensor, recipe: Recipe, geometry: Geometry) -> Tensor:
+    y, weight = empty_conv_output(x, recipe, geometry), recipe.weights[0]
+    strided = StridedRecipe(recipe)
+    if is_product(weight, geometry, x, y):
+        _multiply(y, x, strided, transposed=False)
+        return y
+    correlation = Correlation.of_forward(x, y, weight, geometry)
     with on_device(x):
-        for part, near in parts(x, groups):
-            correlate(y[part], near, recipe, biases, shifts, dilation, stride, groups, transposed=False)
+        for out, near in parts(y, x, geometry.groups):
+            correlate(out, near, strided, correlation, geometry.groups, transposed=False)
     return y
 
 
-def mixed_conv_dgrad(
-    dy: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    memory_format = shapes.conv_memory_format(dy, weights)
-    dx = torch.empty(tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
-    if is_product(weights[0], stride, padding, groups, dy, dx):
-        return _multiply(dx, dy, weights, coefficients, None, transposed=True)
-    every = list(phases(weights[0].shape[2:], stride, padding, dilation))
-    ones = [1] * len(stride)
+def mixed_conv_dgrad(dy: Tensor, recipe: Recipe, input_size: Sequence[int], geometry: Geometry) -> Tensor:
+    dx = empty_conv_input(dy, recipe, input_size)
+    if is_product(recipe.weights[0], geometry, dy, dx):
+        _multiply(dx, dy, StridedRecipe(recipe), transposed=True)
+        return dx
+    every = _phases(dx, dy, recipe, geometry)
     with on_device(dy):
-        for part, near in parts(dy, groups):
-            for pixels, taps, shifts, shift_steps in every:
-                recipe = Recipe([weight[(slice(None), slice(None), *taps)] for weight in weights], coefficients)
-                target = dx[(part, slice(None), *pixels)]
-                correlate(target, near, recipe, None, shifts, shift_steps, ones, groups, transposed=True)
+        for out, near in parts(dx, dy, geometry.groups):
+            for pixels, strided, correlation in every:
+                target = out if pixels is None else out[pixels]
+                correlate(target, near, strided, correlation, geometry.groups, transposed=True)
     return dx
+
+
+class _Phase(NamedTuple):
+    """What of dx a correlation of its own makes: the pixels that meet the same taps; None for all pixels."""
+
+    pixels: tuple[slice, ...] | None
+    recipe: StridedRecipe
+    correlation: Correlation
+
+
+def _phases(dx: Tensor, dy: Tensor, recipe: Recipe, geometry: Geometry) -> list[_Phase]:
+    weight, ones = recipe.weights[0], (1,) * len(geometry.stride)
+    channels, found = (slice(None), slice(None)), []
+    for pixels, taps, shifts, shift_steps in phases(weight.shape[2:], geometry):
+        if set(geometry.stride) == {1}:  # One phase, of all pixels and taps: no view of any tensor is needed.
+            correlation = Correlation.of(dy, dx, weight, shifts, shift_steps, ones)
+            return [_Phase(None, StridedRecipe(recipe), correlation)]
+        of_phase = recipe._replace(weights=[each[(*channels, *taps)] for each in recipe.weights])
+        target = dx[(*channels, *pixels)]
+        correlation = Correlation.of(dy, target, of_phase.weights[0], shifts, shift_steps, ones)
+        found.append(_Phase((*channels, *pixels), StridedRecipe(of_phase), correlation))
+    return found
 
 
 def mixed_conv_wgrad(
     dy: Tensor,
     x: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    weights_mask: Sequence[bool],
-    coefficients_mask: bool,
-    biases_mask: Sequence[bool],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    recipe: Recipe,
+    wanted: Wanted,
+    geometry: Geometry,
     into: Sequence[Tensor | None] | None = None,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    memory_format = shapes.conv_memory_format(x, weights)
-    masks = (weights_mask, coefficients_mask, biases_mask)
-    if is_product(weights[0], stride, padding, groups, dy, x):
-        matrices = [as_matrix(weight) for weight in weights]
-        places = None if into is None else [None if to is None else as_matrix(to) for to in into]
-        found = linear.mixed_linear_wgrad(
-            as_pixels(dy), as_pixels(x), matrices, coefficients, biases, *masks, places, True
-        )
-        dweights = [
-            as_filter(g, x.dim() - 2, memory_format) if wanted else g
-            for g, wanted in zip(found[0], weights_mask, strict=True)
-        ]
-        return dweights, *found[1:]
-    asked = Asked.of(
-        lambda weight: torch.empty_like(weight, memory_format=memory_format),
-        weights,
-        coefficients,
-        biases,
-        *masks,
-        into,
+) -> Gradients:
+    weight, memory_format = recipe.weights[0], conv_memory_format(x, recipe.weights)
+    if is_product(weight, geometry, dy, x):
+        return _multiply_gradients(dy, x, recipe, wanted, into, memory_format)
+    buffers = GradientBuffers.of(
+        lambda weight: torch.empty_like(weight, memory_format=memory_format), recipe, wanted, into
     )
-    if weights[0].shape[0] == 0:
-        asked.coefficients.zero_()
-        return asked.outputs
-    recipe = Recipe(weights, coefficients)
-    geometry = Geometry.of(x, dy, weights[0], [-pad for pad in padding], dilation, stride)
+    if weight.shape[0] == 0:
+        buffers.gradients.coefficients.zero_()
+        return buffers.gradients
+    strided, correlation = StridedRecipe(recipe), Correlation.of_forward(x, dy, weight, geometry)
     with on_device(x):
-        if weights[0].numel() == 0 or not asked.product:
-            epilogue = Epilogue(recipe, asked, 0, 0)
-        elif weights[0].shape[1] == 1 and weights[0].shape[0] == groups:
-            epilogue = depthwise.wgrad(dy, x, recipe, asked, geometry)
+        if weight.numel() == 0 or not wanted.product:
+            epilogue = Epilogue(strided, buffers, 0, 0)
+        elif weight.shape[1] == 1 and weight.shape[0] == geometry.groups:
+            epilogue = depthwise.wgrad(dy, x, strided, buffers, correlation)
         else:
-            epilogue = wgrad(dy, x, recipe, asked, geometry, groups)
-        sums = dy.sum([0, *range(2, dy.dim())], dtype=torch.float32)[None] if asked.sums(biases) else None
-        epilogue.finish(sums, biases)
-    return asked.outputs
+            epilogue = dense.wgrad(dy, x, strided, buffers, correlation, geometry.groups)
+        sums = dy.sum([0, *range(2, dy.dim())], dtype=torch.float32)[None] if wanted.sums(recipe) else None
+        epilogue.finish(sums)
+    return buffers.gradients
+
+
+# Convolutions of one tap, whose pixels are tokens.
+
+
+def _multiply(out: Tensor, activation: Tensor, recipe: StridedRecipe, transposed: bool) -> None:
+    if out.numel() > 0:
+        linear.multiply(as_pixels(out), as_pixels(activation), recipe, transposed, convolution=True)
+
+
+def _multiply_gradients(
+    dy: Tensor,
+    x: Tensor,
+    recipe: Recipe,
+    wanted: Wanted,
+    into: Sequence[Tensor | None] | None,
+    memory_format: torch.memory_format,
+) -> Gradients:
+    matrices = recipe._replace(weights=[as_matrix(weight) for weight in recipe.weights])
+    if into is not None:
+        into = [None if buffer is None else as_matrix(buffer) for buffer in into]
+    found = linear.wgrad(as_pixels(dy), as_pixels(x), matrices, wanted, into, convolution=True)
+    dweights = [
+        as_filter(gradient, x.dim() - 2, memory_format) if want else gradient
+        for gradient, want in zip(found.weights, wanted.weights, strict=True)
+    ]
+    return found._replace(weights=dweights)
+
+
+# All others.
 
 
 def correlate(
     out: Tensor,
     activation: Tensor,
-    recipe: Recipe,
-    biases: Sequence[Tensor] | None,
-    first_shifts: Sequence[int],
-    shift_steps: Sequence[int],
-    pixel_steps: Sequence[int],
+    recipe: StridedRecipe,
+    correlation: Correlation,
     groups: int,
     transposed: bool,
 ) -> None:
@@ -393,154 +157,31 @@ def correlate(
     """
     if out.numel() == 0:
         return
-    geometry = Geometry.of(activation, out, recipe.weights[0], first_shifts, shift_steps, pixel_steps)
     features, channels = out.shape[1] // groups, activation.shape[1] // groups
     if features == channels == 1:
-        depthwise.correlate(out, activation, recipe, biases, geometry)
+        depthwise.correlate(out, activation, recipe, correlation)
         return
-    pixels, all_taps = out.numel() // out.shape[1], math.prod(geometry.taps)
     numbers = arithmetic(activation.dtype, convolution=True)
-    dense = out.numel() == 1 + sum((size - 1) * step for size, step in zip(out.shape, out.stride(), strict=True))
     work = Work(
         rows=features,
-        columns=pixels,
+        columns=out.numel() // out.shape[1],
         depth=channels,
         row_bytes=recipe.bytes,
         column_bytes=activation.element_size(),
         scratch_bytes=activation.element_size(),
         slowness=numbers.slowness,
-        taps=all_taps,
+        taps=math.prod(correlation.taps),
         repeats=groups,
-        most_splits=heuristics.SPLITS[-1] if dense else 1,
+        max_splits=heuristics.SPLITS[-1] if _is_dense(out) else 1,
     )
-    device = heuristics.device_of(activation.device)
-    small = configs.choose_resident(work, device)
-    if small is not None:
-        resident.correlate(out, activation, recipe, biases, geometry, groups, transposed, *small)
-        return
-    config, splits, steps = choose(work, usable(CONV_CONFIGS, numbers), device)
-    target = out if splits == 1 else out.new_empty((splits, out.numel()), dtype=torch.float32)
-    tiles = cdiv(features, config.rows) * cdiv(pixels, config.columns)
-    bias_sources, bias_strides = recipe.vectors(biases)
-    correlate_kernel[(tiles, groups, splits)](
-        target,
-        activation,
-        recipe.weights,
-        recipe.coefficients,
-        bias_sources,
-        pixels,
-        features,
-        channels,
-        steps,
-        all_taps * cdiv(channels, config.depth),
-        out.numel(),
-        *geometry,
-        strides_of(activation),
-        strides_of(out),
-        recipe.strides_of_features(transposed),
-        *recipe.strides,
-        bias_strides,
-        N=len(recipe.weights),
-        TRANSPOSED=transposed,
-        PER_CHANNEL=recipe.per_channel,
-        HAS_BIAS=biases is not None and splits == 1,
-        DIMENSIONS=out.dim() - 2,
-        EVEN=channels % config.depth == 0,
-        WIDE=is_far(out, activation, *recipe.weights),
-        PRECISION=numbers.precision,
-        WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
-        BLOCK_FEATURES=config.rows,
-        BLOCK_PIXELS=config.columns,
-        BLOCK_CHANNELS=config.depth,
-        GROUP=GROUP,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    if splits > 1:
-        reduce_product(out, target, out.shape[1], out.stride(1), recipe, biases)
+    on_chip = choose_resident(work, heuristics.device_of(activation.device))
+    if on_chip is None:
+        dense.correlate(out, activation, recipe, correlation, groups, transposed, work)
+    else:
+        resident.correlate(out, activation, recipe, correlation, groups, transposed, *on_chip)
 
 
-def wgrad(dy: Tensor, x: Tensor, recipe: Recipe, asked: Asked, geometry: Geometry, groups: int) -> Epilogue:
-    """Write the weights' gradients, and leave the tiles' shares of <G, W_j> in the epilogue."""
-    weight, batch, all_taps = recipe.weights[0], x.shape[0], math.prod(geometry.taps)
-    out_features, in_features = weight.shape[0] // groups, weight.shape[1]
-    numbers = arithmetic(x.dtype, convolution=True)
-    images = images_at_a_time(min(in_features, out_features), x, dy)
-    turns = cdiv(batch, images) if images else 1
-    # Every turn leaves a part of G.
-    most_parts = max(1, heuristics.WORKSPACE_BYTES // (4 * weight.numel()))
-    if turns > most_parts:
-        images, turns = 0, 1
-    work = Work(
-        rows=out_features,
-        columns=in_features,
-        depth=cdiv(dy.numel() // dy.shape[1], turns),
-        row_bytes=dy.element_size(),
-        column_bytes=x.element_size(),
-        scratch_bytes=0,
-        slowness=numbers.slowness,
-        repeats=groups * all_taps,
-        most_splits=most_parts // turns,
-    )
-    config, splits, steps = choose(work, usable(CONV_WGRAD_CONFIGS, numbers), heuristics.device_of(x.device))
-    columns = cdiv(in_features, config.columns) * all_taps
-    tiles = groups * cdiv(out_features, config.rows) * columns
-    epilogue = Epilogue(recipe, asked, columns, tiles)
-    split = splits * turns > 1
-    partial = epilogue.dots
-    if split:
-        partial = dy.new_empty((turns * splits, all_taps, weight.shape[0], in_features), dtype=torch.float32)
-    for turn in range(turns):
-        part = slice(turn * images, (turn + 1) * images)
-        near_dy, near_x = (channels_innermost(tensor[part]) if images else tensor for tensor in (dy, x))
-        wgrad_kernel[(tiles, splits)](
-            epilogue.targets,
-            partial[turn * splits :] if split else partial,
-            epilogue.dots,
-            near_dy,
-            near_x,
-            recipe.weights,
-            recipe.coefficients,
-            near_dy.numel() // dy.shape[1],
-            groups,
-            out_features,
-            in_features,
-            steps,
-            *geometry,
-            strides_of(near_x),
-            strides_of(near_dy),
-            epilogue.target_strides,
-            recipe.weight_strides,
-            *recipe.strides,
-            **epilogue.flags,
-            SPLIT=split,
-            DIMENSIONS=x.dim() - 2,
-            WIDE=is_far(dy, x),
-            PRECISION=numbers.precision,
-            WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
-            BLOCK_OUT=config.rows,
-            BLOCK_IN=config.columns,
-            BLOCK_PIXELS=config.depth,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-    if split:
-        epilogue.reduce(partial, geometry.taps, groups, out_features, in_features, config)
-    return epilogue
-
-
-def _multiply(
-    out: Tensor,
-    activation: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    transposed: bool,
-) -> Tensor:
-    if out.numel() > 0:
-        matrices = [as_matrix(weight) for weight in weights]
-        strides = [matrix.stride()[::-1] if transposed else matrix.stride() for matrix in matrices]
-        linear.multiply(
-            as_pixels(out), as_pixels(activation), matrices, strides, coefficients, biases, transposed, True
-        )
-    return out
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor that is not empty has no gaps between its elements."""
+    farthest = sum([(size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)])
+    return tensor.numel() == 1 + farthest

@@ -15,18 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rl_kernels.backends.gpu.heuristics import Config, cdiv
-from rl_kernels.backends.gpu.operands import Asked, Recipe, bits, is_wide, strides_of
-from rl_kernels.backends.triton.geometry import tap_of, tap_pointers
+from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe, bits, is_wide, strides_of
 from rl_kernels.backends.triton.mix import load_factors
+from rl_kernels.backends.triton.pixels import tap_of, tap_pointers
+from rl_kernels.backends.triton.tile import wgrad_tile
 
 BLOCK = 1024
-
-
-@triton.jit
-def wgrad_tile(program, rows, columns, all_taps):
-    """Group, row, column and tap of a program: taps innermost, as they read the same dy and nearly the same x."""
-    tile = program // all_taps
-    return tile // columns // rows, tile // columns % rows, tile % columns, program % all_taps
+"""Elements that a program of ``finish_coefficients_kernel`` sums at a time."""
 
 
 @triton.jit
@@ -75,16 +70,16 @@ def finish_tile(
         if (WANTED >> j) & 1:
             strides = gradient_strides[j]
             to = gradients[j] + wide_first_o * strides[0] + wide_first_i * strides[1]
-            places = o[:, None] * strides[0] + i[None, :] * strides[1]
+            offsets = o[:, None] * strides[0] + i[None, :] * strides[1]
             gradient = g * factor
             if (ADDED >> j) & 1:
-                gradient += tl.load(to + places, mask=mask, other=0.0).to(tl.float32)
-            tl.store(to + places, gradient.to(gradients[j].dtype.element_ty), mask=mask)
+                gradient += tl.load(to + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(to + offsets, gradient.to(gradients[j].dtype.element_ty), mask=mask)
         if DOTS:
             strides = weight_strides[j]
             source = weights[j] + wide_first_o * strides[0] + wide_first_i * strides[1]
-            places = o[:, None] * strides[0] + i[None, :] * strides[1]
-            source = tl.load(source + places, mask=mask, other=0.0)
+            offsets = o[:, None] * strides[0] + i[None, :] * strides[1]
+            source = tl.load(source + offsets, mask=mask, other=0.0)
             sums = tl.sum(tl.where(mask, g * source.to(tl.float32), 0.0), 1)
             share = tl.cast(j * parts + part, tl.int64)
             if PER_CHANNEL:
@@ -134,10 +129,10 @@ def reduce_wgrad_kernel(
     mask = in_rows[:, None] & in_columns[None, :]
     size = tl.cast(out_channels, tl.int64) * in_features
     partial += tap * size + tl.cast(first_o, tl.int64) * in_features + first_i
-    places = o[:, None] * in_features + i[None, :]
+    offsets = o[:, None] * in_features + i[None, :]
     g = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for split in tl.range(0, splits):
-        g += tl.load(partial + tl.cast(split, tl.int64) * all_taps * size + places, mask=mask, other=0.0)
+        g += tl.load(partial + tl.cast(split, tl.int64) * all_taps * size + offsets, mask=mask, other=0.0)
     if PER_CHANNEL:
         part, parts = column * all_taps + tap, columns * all_taps
     else:
@@ -196,8 +191,8 @@ def finish_coefficients_kernel(
                 inside = o < out_features
                 if DOTS and PER_CHANNEL:
                     for part in tl.range(0, parts):
-                        place = tl.cast(j * parts + part, tl.int64) * out_features
-                        total += tl.load(dots + place + o, mask=inside, other=0.0).to(tl.float64)
+                        share = tl.cast(j * parts + part, tl.int64) * out_features
+                        total += tl.load(dots + share + o, mask=inside, other=0.0).to(tl.float64)
                 if SUMS:
                     s = tl.zeros((BLOCK,), tl.float64)
                     for split in tl.range(0, splits):
@@ -219,43 +214,49 @@ def finish_coefficients_kernel(
 
 
 class Epilogue:
-    """One call's way from tiles of G to what is asked for.
+    """One call's way from tiles of G to the gradients that are wanted.
 
     Attributes:
         recipe: the sources and coefficients.
+        buffers: where the gradients are written.
         flags: what ``finish_tile`` is compiled for.
-        targets: the sources' gradients; stand-ins, with strides of 0, where none is wanted.
-        target_strides: as ``strides_of``.
+        gradients: the sources' buffers; stand-ins, with strides of 0, where none is wanted.
+        gradient_strides: as ``strides_of``.
         dots: float32, the tiles' shares of <G, W_j>.
         parts: how many shares there are of one sum.
     """
 
-    def __init__(self, recipe: Recipe, asked: Asked, columns: int, tiles: int):
-        self.recipe, self.asked = recipe, asked
-        self.targets = tuple(asked.weights)
-        self.target_strides = tuple(
-            strides_of(g) if wanted else (0,) * 5 for g, wanted in zip(asked.weights, asked.weights_mask, strict=True)
+    def __init__(self, recipe: StridedRecipe, buffers: GradientBuffers, columns: int, tiles: int):
+        """For a G of so many tiles, and so many of them beside one another (groups, taps and inputs)."""
+        self.recipe, self.buffers = recipe, buffers
+        wanted = buffers.wanted
+        self.gradients = tuple(buffers.gradients.weights)
+        self.gradient_strides = tuple(
+            [
+                strides_of(gradient) if want else (0,) * 5
+                for gradient, want in zip(self.gradients, wanted.weights, strict=True)
+            ]
         )
-        farthest = max(s for strides in (*recipe.weight_strides, *self.target_strides) for s in strides[:2])
+        farthest = max([max(strides[:2]) for strides in (*recipe.weight_strides, *self.gradient_strides)])
         self.flags = {
             "N": len(recipe.weights),
             "PER_CHANNEL": recipe.per_channel,
-            "WANTED": bits(asked.weights_mask),
-            "ADDED": bits(asked.added),
-            "DOTS": asked.coefficients_mask,
+            "WANTED": bits(wanted.weights),
+            "ADDED": bits(buffers.added),
+            "DOTS": wanted.coefficients,
             "FAR": is_wide(farthest),
         }
         self.parts = columns if recipe.per_channel else tiles
-        shares = recipe.coefficients.numel() * self.parts if asked.coefficients_mask else 0
+        shares = recipe.coefficients.numel() * self.parts if wanted.coefficients else 0
         self.dots = recipe.coefficients.new_empty(shares, dtype=torch.float32)
 
-    def reduce(
-        self, partial: Tensor, taps: Sequence[int], groups: int, out_features: int, in_features: int, config: Config
-    ) -> None:
+    def reduce(self, partial: Tensor, taps: Sequence[int], groups: int, config: Config) -> None:
         """Sum G's parts, (split, tap, out, in), and finish its tiles."""
+        *_, out_features, in_features = partial.shape
+        out_features //= groups
         tiles = groups * cdiv(out_features, config.rows) * cdiv(in_features, config.columns)
         reduce_wgrad_kernel[(tiles * math.prod(taps),)](
-            self.targets,
+            self.gradients,
             partial,
             self.dots,
             self.recipe.weights,
@@ -265,7 +266,7 @@ class Epilogue:
             in_features,
             partial.shape[0],
             taps,
-            self.target_strides,
+            self.gradient_strides,
             self.recipe.weight_strides,
             *self.recipe.strides,
             **self.flags,
@@ -274,15 +275,16 @@ class Epilogue:
             num_warps=config.warps,
         )
 
-    def finish(self, sums: Tensor | None, biases: Sequence[Tensor] | None) -> None:
+    def finish(self, sums: Tensor | None) -> None:
         """Write the coefficients' gradients and the biases', from the shares and from dy's sums, (split, out)."""
-        recipe, asked, out_features = self.recipe, self.asked, self.recipe.weights[0].shape[0]
-        if not (asked.coefficients_mask or any(asked.biases_mask)):
+        recipe, wanted, gradients = self.recipe, self.buffers.wanted, self.buffers.gradients
+        if not (wanted.coefficients or any(wanted.biases)):
             return
-        bias_sources, bias_strides = recipe.vectors(biases)
+        out_features = recipe.weights[0].shape[0]
+        bias_sources, bias_strides = recipe.vectors()
         finish_coefficients_kernel[(cdiv(out_features, BLOCK) if recipe.per_channel else 1,)](
-            asked.coefficients,
-            tuple(asked.biases) or self.targets,
+            gradients.coefficients,
+            tuple(gradients.biases) or self.gradients,
             self.dots,
             self.dots if sums is None else sums,
             recipe.coefficients,
@@ -294,10 +296,10 @@ class Epilogue:
             bias_strides,
             N=len(recipe.weights),
             PER_CHANNEL=recipe.per_channel,
-            WANTED=bits(asked.biases_mask),
-            DOTS=asked.coefficients_mask,
+            WANTED=bits(wanted.biases),
+            DOTS=wanted.coefficients,
             SUMS=sums is not None,
-            HAS_BIAS=biases is not None,
+            HAS_BIAS=recipe.biases is not None,
             BLOCK=BLOCK,
             num_warps=8,
         )

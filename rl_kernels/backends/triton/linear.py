@@ -14,32 +14,25 @@ import triton.language as tl
 from torch import Tensor
 
 from rl_kernels.backends.gpu.heuristics import Work, cdiv, choose, device_of
-from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, is_wide, on_device
+from rl_kernels.backends.gpu.operands import (
+    Arithmetic,
+    GradientBuffers,
+    StridedRecipe,
+    arithmetic,
+    is_wide,
+    on_device,
+)
 from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile
-from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias, mixed_tile
-from rl_kernels.ops import shapes
+from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.triton.tile import GROUP, dot, is_widened, reduce_product, tile_of
+from rl_kernels.ops.shapes import as_rows
+from rl_kernels.ops.values import Gradients, Recipe, Wanted
 
-GROUP = 8
-"""Tiles of rows that run beside one another, and share the activation's tiles in L2."""
-REDUCE_BLOCK, SUM_OUT, SUM_TOKENS, SUM_SPLITS = 1024, 128, 32, 32
-
-
-@triton.jit
-def tile_of(program, rows, columns, GROUP: tl.constexpr):
-    """The tile of a program, of rows times columns of tiles: GROUP rows at a time, for neighbours to share them."""
-    group = program // (GROUP * columns)
-    first = group * GROUP
-    height = tl.minimum(rows - first, GROUP)
-    within = program % (GROUP * columns)
-    return first + within % height, within // height
-
-
-@triton.jit
-def dot(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    if WIDEN:  # The interpreter's product of bfloat16 is wrong.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+SUM_OUT, SUM_TOKENS = 128, 32
+"""Output features and tokens of a block of dy, which a program sums for the biases."""
+MAX_SUM_SPLITS = 32
+"""Parts of that sum, over tokens."""
 
 
 @triton.jit
@@ -77,6 +70,7 @@ def product_kernel(
     W is read as (feature, reduction). TRANSPOSED: the output channel, which has its own coefficients if PER_CHANNEL, is
     the reduction. EVEN: the reduction is a multiple of its block. WIDE: offsets within a tile may pass 2^31.
     """
+    # Which tile, and which part of the sum.
     program, split = tl.program_id(0), tl.program_id(1)
     row, column = tile_of(program, tl.cdiv(features, BLOCK_FEATURES), tl.cdiv(tokens, BLOCK_TOKENS), GROUP)
     first_feature, first_token = row * BLOCK_FEATURES, column * BLOCK_TOKENS
@@ -87,6 +81,7 @@ def product_kernel(
         f, t, r = f.to(tl.int64), t.to(tl.int64), r.to(tl.int64)
     in_features, in_tokens = first_feature + f < features, first_token + t < tokens
 
+    # Where its first operands lie.
     activation += first_token.to(tl.int64) * token_stride
     activation_offsets = r[:, None] * reduction_stride + t[None, :] * token_stride
     pointers, offsets = (), ()
@@ -101,6 +96,7 @@ def product_kernel(
     elif not PER_CHANNEL:
         factors = load_factors(coefficients, source_stride, channel_stride, 0, True, N, False)
 
+    # The sum.
     dtype: tl.constexpr = activation.dtype.element_ty
     total = tl.zeros((BLOCK_FEATURES, BLOCK_TOKENS), tl.float32)
     for start in tl.range(first, last, BLOCK_REDUCTION):
@@ -129,46 +125,14 @@ def product_kernel(
             )
         total = dot(weight, tile, total, PRECISION, WIDEN)
 
+    # The bias, and where the tile goes.
     if HAS_BIAS:
         channels = first_feature + f
         rows = load_factors(coefficients, source_stride, channel_stride, channels, in_features, N, PER_CHANNEL)
         total += mixed_bias(biases, bias_strides, rows, channels, in_features, N, dtype)[:, None]
     out += (split.to(tl.int64) * tokens + first_token) * features + first_feature
-    places = t[None, :].to(tl.int64) * features + f[:, None]
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=in_features[:, None] & in_tokens[None, :])
-
-
-@triton.jit
-def reduce_product_kernel(
-    out,
-    partial,
-    biases,
-    coefficients,
-    size,
-    features,
-    feature_stride,
-    splits,
-    source_stride,
-    channel_stride,
-    bias_strides,
-    N: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[place] = sum over splits, in their order, of partial[split, place], plus the mixed bias of its feature."""
-    size = tl.cast(size, tl.int64)
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = places < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.range(0, splits):
-        total += tl.load(partial + split * size + places, mask=mask, other=0.0)
-    dtype: tl.constexpr = out.dtype.element_ty
-    if HAS_BIAS:
-        channels = places // feature_stride % features
-        factors = load_factors(coefficients, source_stride, channel_stride, channels, mask, N, PER_CHANNEL)
-        total += mixed_bias(biases, bias_strides, factors, channels, mask, N, dtype)
-    tl.store(out + places, total.to(dtype), mask=mask)
+    out_offsets = t[None, :].to(tl.int64) * features + f[:, None]
+    tl.store(out + out_offsets, total.to(out.dtype.element_ty), mask=in_features[:, None] & in_tokens[None, :])
 
 
 @triton.jit
@@ -209,6 +173,7 @@ def wgrad_kernel(
     GROUP: tl.constexpr,
 ):
     """One tile of G = dy^T x, finished at once; or, if SPLIT, a split's share of it into partial, (split, out, in)."""
+    # Which tile, and which part of the sum.
     program, split = tl.program_id(0), tl.program_id(1)
     row, column = tile_of(program, tl.cdiv(out_features, BLOCK_OUT), tl.cdiv(in_features, BLOCK_IN), GROUP)
     first = split * steps * BLOCK_TOKENS
@@ -217,13 +182,14 @@ def wgrad_kernel(
     if WIDE:
         o, i, t = o.to(tl.int64), i.to(tl.int64), t.to(tl.int64)
     first_out, first_in = row * BLOCK_OUT, column * BLOCK_IN
+    # Where its first operands lie.
     dy += first_out.to(tl.int64) * dy_feature_stride
     x += first_in.to(tl.int64) * x_feature_stride
     dy_offsets = o[:, None] * dy_feature_stride + t[None, :] * dy_token_stride
     x_offsets = t[:, None] * x_token_stride + i[None, :] * x_feature_stride
     in_rows, in_columns = first_out + o < out_features, first_in + i < in_features
-    # dy is not summed here for the biases as well: of a tile with two uses Triton 3.8 keeps a stage too few on sm_90,
-    # and overwrites what a product under way still reads.
+    # The sum. dy is not summed here for the biases as well: of a tile with two uses Triton 3.8 keeps a stage too few
+    # on sm_90, and overwrites what a product under way still reads.
     g = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for start in tl.range(first, last, BLOCK_TOKENS):
         start = tl.cast(start, tl.int64)
@@ -235,10 +201,11 @@ def wgrad_kernel(
         a = tl.load(dy + start * dy_token_stride + dy_offsets, mask=dy_mask, other=0.0)
         b = tl.load(x + start * x_token_stride + x_offsets, mask=x_mask, other=0.0)
         g = dot(a, b, g, PRECISION, WIDEN)
+    # Where the tile goes.
     if SPLIT:
-        place = (split.to(tl.int64) * out_features + first_out) * in_features + first_in
-        places = o[:, None] * in_features + i[None, :]
-        tl.store(partial + place + places, g, mask=in_rows[:, None] & in_columns[None, :])
+        partial += (split.to(tl.int64) * out_features + first_out) * in_features + first_in
+        offsets = o[:, None] * in_features + i[None, :]
+        tl.store(partial + offsets, g, mask=in_rows[:, None] & in_columns[None, :])
     else:
         if PER_CHANNEL:
             part, parts = column, tl.cdiv(in_features, BLOCK_IN)
@@ -283,37 +250,41 @@ def sum_tokens_kernel(
 # The ops.
 
 
-def mixed_linear(x: Tensor, weights: Sequence[Tensor], coefficients: Tensor, biases: Sequence[Tensor] | None) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], weights[0].shape[0])
+def mixed_linear(x: Tensor, recipe: Recipe) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], recipe.weights[0].shape[0])
     if y.numel() > 0:
-        strides = [weight.stride() for weight in weights]
-        multiply(shapes.as_rows(y), shapes.as_rows(x), weights, strides, coefficients, biases, transposed=False)
+        multiply(as_rows(y), as_rows(x), StridedRecipe(recipe), transposed=False)
     return y
 
 
-def mixed_linear_dgrad(dy: Tensor, weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    dx = dy.new_empty(*dy.shape[:-1], weights[0].shape[1])
+def mixed_linear_dgrad(dy: Tensor, recipe: Recipe) -> Tensor:
+    dx = dy.new_empty(*dy.shape[:-1], recipe.weights[0].shape[1])
     if dx.numel() > 0:
-        strides = [weight.stride()[::-1] for weight in weights]
-        multiply(shapes.as_rows(dx), shapes.as_rows(dy), weights, strides, coefficients, None, transposed=True)
+        multiply(as_rows(dx), as_rows(dy), StridedRecipe(recipe), transposed=True)
     return dx
 
 
+def mixed_linear_wgrad(
+    dy: Tensor, x: Tensor, recipe: Recipe, wanted: Wanted, into: Sequence[Tensor | None] | None = None
+) -> Gradients:
+    return wgrad(as_rows(dy), as_rows(x), recipe, wanted, into)
+
+
 def multiply(
-    out: Tensor,
-    activation: Tensor,
-    weights: Sequence[Tensor],
-    strides: Sequence[tuple[int, ...]],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    transposed: bool,
-    convolution: bool = False,
+    out: Tensor, activation: Tensor, recipe: StridedRecipe, transposed: bool, convolution: bool = False
 ) -> None:
-    """``out (tokens, features) = activation (tokens, reduction) W^T``, by W's strides of (feature, reduction)."""
+    """``out = activation W^T``, or ``activation W`` if transposed, with the recipe's bias.
+
+    Args:
+        out: (tokens, features), contiguous and not empty.
+        activation: (tokens, reduction).
+        recipe: its weights may be filters of one tap.
+        transposed: whether W is summed over its output channels.
+        convolution: whether float32 is multiplied by torch's switch for convolutions.
+    """
     tokens, features = out.shape
     reduction = activation.shape[1]
     numbers = arithmetic(activation.dtype, convolution)
-    recipe = Recipe(weights, coefficients)
     work = Work(
         rows=features,
         columns=tokens,
@@ -326,31 +297,32 @@ def multiply(
     config, splits, steps = choose(work, usable(PRODUCT_CONFIGS, numbers), device_of(activation.device))
     grid = (cdiv(features, config.rows) * cdiv(tokens, config.columns), splits)
     target = out if splits == 1 else out.new_empty((splits, tokens, features), dtype=torch.float32)
-    bias_sources, bias_strides = recipe.vectors(biases)
-    farthest = max(*activation.stride(), *(stride for pair in strides for stride in pair))
+    bias_sources, bias_strides = recipe.vectors()
+    # Of (feature, reduction); a filter's strides go on with its one tap's.
+    strides = tuple([each[1::-1] if transposed else each[:2] for each in recipe.weight_strides])
     with on_device(activation):
         product_kernel[grid](
             target,
             activation,
-            tuple(weights),
-            coefficients,
+            recipe.weights,
+            recipe.coefficients,
             bias_sources,
             tokens,
             features,
             reduction,
             steps,
             *activation.stride(),
-            tuple(strides),
+            strides,
             *recipe.strides,
             bias_strides,
-            N=len(weights),
+            N=len(recipe.weights),
             TRANSPOSED=transposed,
             PER_CHANNEL=recipe.per_channel,
-            HAS_BIAS=biases is not None and splits == 1,
+            HAS_BIAS=recipe.biases is not None and splits == 1,
             EVEN=reduction % config.depth == 0,
-            WIDE=is_wide(farthest),
+            WIDE=is_wide(max(*activation.stride(), *map(max, strides))),
             PRECISION=numbers.precision,
-            WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
+            WIDEN=is_widened(activation.dtype),
             BLOCK_FEATURES=config.rows,
             BLOCK_TOKENS=config.columns,
             BLOCK_REDUCTION=config.depth,
@@ -359,68 +331,45 @@ def multiply(
             num_stages=config.stages,
         )
         if splits > 1:
-            reduce_product(out, target, features, 1, recipe, biases)
+            reduce_product(out, target, features, 1, recipe)
 
 
-def reduce_product(
-    out: Tensor,
-    partial: Tensor,
-    features: int,
-    feature_stride: int,
-    recipe: Recipe,
-    biases: Sequence[Tensor] | None,
-) -> None:
-    """``out = partial.sum(0)`` plus the mixed bias; both dense, in the order of out's memory."""
-    bias_sources, bias_strides = recipe.vectors(biases)
-    reduce_product_kernel[(cdiv(out.numel(), REDUCE_BLOCK),)](
-        out,
-        partial,
-        bias_sources,
-        recipe.coefficients,
-        out.numel(),
-        features,
-        feature_stride,
-        partial.shape[0],
-        *recipe.strides,
-        bias_strides,
-        N=len(recipe.weights),
-        PER_CHANNEL=recipe.per_channel,
-        HAS_BIAS=biases is not None,
-        BLOCK=REDUCE_BLOCK,
-    )
-
-
-def mixed_linear_wgrad(
+def wgrad(
     dy: Tensor,
     x: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    weights_mask: Sequence[bool],
-    coefficients_mask: bool,
-    biases_mask: Sequence[bool],
-    into: Sequence[Tensor | None] | None = None,
+    recipe: Recipe,
+    wanted: Wanted,
+    into: Sequence[Tensor | None] | None,
     convolution: bool = False,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    dy, x = shapes.as_rows(dy), shapes.as_rows(x)
-    asked = Asked.of(
-        lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
-        weights,
-        coefficients,
-        biases,
-        weights_mask,
-        coefficients_mask,
-        biases_mask,
-        into,
-    )
+) -> Gradients:
+    """Every gradient wanted, from dy (tokens, out) and x (tokens, in).
+
+    ``convolution``: whether float32 is multiplied by torch's switch for convolutions.
+    """
+    buffers = GradientBuffers.of(_empty_gradient, recipe, wanted, into)
+    if dy.shape[1] == 0:
+        buffers.gradients.coefficients.zero_()
+        return buffers.gradients
+    strided = StridedRecipe(recipe)
+    with on_device(x):
+        if wanted.product and x.shape[1] > 0:
+            epilogue = _multiply_gradients(dy, x, strided, buffers, arithmetic(x.dtype, convolution))
+        else:
+            epilogue = Epilogue(strided, buffers, 0, 0)
+        epilogue.finish(_sum_tokens(dy) if wanted.sums(recipe) else None)
+    return buffers.gradients
+
+
+def _empty_gradient(weight: Tensor) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _multiply_gradients(
+    dy: Tensor, x: Tensor, recipe: StridedRecipe, buffers: GradientBuffers, numbers: Arithmetic
+) -> Epilogue:
+    """Write the weights' gradients, and leave the tiles' shares of <G, W_j> in the epilogue."""
     tokens, out_features = dy.shape
     in_features = x.shape[1]
-    if out_features == 0:
-        asked.coefficients.zero_()
-        return asked.outputs
-    recipe = Recipe(weights, coefficients)
-    numbers = arithmetic(x.dtype, convolution)
-    needs_sums, needs_product = asked.sums(biases), asked.product and in_features > 0
     work = Work(
         rows=out_features,
         columns=in_features,
@@ -433,58 +382,59 @@ def mixed_linear_wgrad(
     config, splits, steps = choose(work, usable(WGRAD_CONFIGS, numbers), device_of(x.device))
     columns = cdiv(in_features, config.columns)
     tiles = cdiv(out_features, config.rows) * columns
-    epilogue = Epilogue(recipe, asked, columns, tiles)
+    epilogue = Epilogue(recipe, buffers, columns, tiles)
     partial = epilogue.dots
-    if splits > 1 and needs_product:
+    if splits > 1:
         partial = dy.new_empty((splits, out_features, in_features), dtype=torch.float32)
-    sums = None
-    if needs_sums:
-        sum_steps = cdiv(cdiv(tokens, SUM_TOKENS), SUM_SPLITS)
-        sums = dy.new_empty((cdiv(tokens, max(1, sum_steps) * SUM_TOKENS), out_features), dtype=torch.float32)
-    with on_device(x):
-        if needs_product:
-            wgrad_kernel[(tiles, splits)](
-                epilogue.targets,
-                partial,
-                epilogue.dots,
-                dy,
-                x,
-                recipe.weights,
-                coefficients,
-                tokens,
-                out_features,
-                in_features,
-                steps,
-                *dy.stride(),
-                *x.stride(),
-                epilogue.target_strides,
-                recipe.weight_strides,
-                *recipe.strides,
-                **epilogue.flags,
-                SPLIT=splits > 1,
-                EVEN=tokens % config.depth == 0,
-                WIDE=is_wide(max(*dy.stride(), *x.stride())),
-                PRECISION=numbers.precision,
-                WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
-                BLOCK_OUT=config.rows,
-                BLOCK_IN=config.columns,
-                BLOCK_TOKENS=config.depth,
-                GROUP=GROUP,
-                num_warps=config.warps,
-                num_stages=config.stages,
-            )
-            if splits > 1:
-                epilogue.reduce(partial, (1, 1, 1), 1, out_features, in_features, config)
-        if sums is not None and tokens > 0:
-            sum_tokens_kernel[(cdiv(out_features, SUM_OUT), len(sums))](
-                sums,
-                dy,
-                tokens,
-                out_features,
-                sum_steps,
-                *dy.stride(),
-                BLOCK_OUT=SUM_OUT,
-                BLOCK_TOKENS=SUM_TOKENS,
-            )
-        epilogue.finish(sums, biases)
-    return asked.outputs
+    wgrad_kernel[(tiles, splits)](
+        epilogue.gradients,
+        partial,
+        epilogue.dots,
+        dy,
+        x,
+        recipe.weights,
+        recipe.coefficients,
+        tokens,
+        out_features,
+        in_features,
+        steps,
+        *dy.stride(),
+        *x.stride(),
+        epilogue.gradient_strides,
+        recipe.weight_strides,
+        *recipe.strides,
+        **epilogue.flags,
+        SPLIT=splits > 1,
+        EVEN=tokens % config.depth == 0,
+        WIDE=is_wide(max(*dy.stride(), *x.stride())),
+        PRECISION=numbers.precision,
+        WIDEN=is_widened(x.dtype),
+        BLOCK_OUT=config.rows,
+        BLOCK_IN=config.columns,
+        BLOCK_TOKENS=config.depth,
+        GROUP=GROUP,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if splits > 1:
+        epilogue.reduce(partial, (1, 1, 1), 1, config)
+    return epilogue
+
+
+def _sum_tokens(dy: Tensor) -> Tensor:
+    """dy (tokens, out) summed over its tokens, in parts: (splits, out), of which there are none without tokens."""
+    tokens, out_features = dy.shape
+    steps = max(1, cdiv(cdiv(tokens, SUM_TOKENS), MAX_SUM_SPLITS))
+    sums = dy.new_empty((cdiv(tokens, steps * SUM_TOKENS), out_features), dtype=torch.float32)
+    if tokens > 0:
+        sum_tokens_kernel[(cdiv(out_features, SUM_OUT), len(sums))](
+            sums,
+            dy,
+            tokens,
+            out_features,
+            steps,
+            *dy.stride(),
+            BLOCK_OUT=SUM_OUT,
+            BLOCK_TOKENS=SUM_TOKENS,
+        )
+    return sums

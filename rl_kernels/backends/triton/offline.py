@@ -18,20 +18,23 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.heuristics import Config, Work, use_config
-from rl_kernels.backends.triton import configs, conv, linear
-from rl_kernels.ops import schema
+from rl_kernels.backends.triton import configs
+from rl_kernels.backends.triton.backend import BACKEND
+from rl_kernels.ops.schema import OPS
+from rl_kernels.ops.values import Call, Geometry, Recipe, Wanted
 
 DEVICES = {"sm_80": heuristics.A100, "sm_90": heuristics.H100, "sm_100": heuristics.H100}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b"
 SIZE, CHANNELS, BATCH, IMAGE = 4096, 256, 4, 32
-"""Of the layers that are compiled for: as divisible as large ones, which is what Triton specialises on."""
+"""Sizes of the layers that are compiled for: as divisible as large ones, which is what Triton specialises on."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,12 @@ class Variant(NamedTuple):
     call: Callable[[], Any]
 
 
-def kernels(arch: str, ops: Collection[str] = tuple(schema.SCHEMAS)) -> Iterator[Kernel]:
+def kernels(arch: str, ops: Collection[str] | None = None) -> Iterator[Kernel]:
     """Compile every kernel in every configuration that fits ``arch``, and some variants in one configuration each.
 
     Args:
         arch: one of ``DEVICES``.
-        ops: whose kernels to compile.
+        ops: whose kernels to compile; by default every op's.
     """
     for variant in variants(ops):
         if heuristics.shared_bytes(variant.work, variant.config) > DEVICES[arch].shared_bytes:
@@ -161,8 +164,9 @@ def tf32(allowed: bool) -> Iterator[None]:
         products.allow_tf32 = before
 
 
-def variants(ops: Collection[str] = tuple(schema.SCHEMAS)) -> Iterator[Variant]:
+def variants(ops: Collection[str] | None = None) -> Iterator[Variant]:
     """Every configuration of every op in bfloat16, or float32 where it is for that, and other recipes in one each."""
+    ops = tuple(OPS) if ops is None else ops
     recipes: tuple[dict[str, Any], ...] = (
         {"sources": 1},
         {"sources": 4},
@@ -172,7 +176,7 @@ def variants(ops: Collection[str] = tuple(schema.SCHEMAS)) -> Iterator[Variant]:
         {"splits": 4},
     )
     for op in (op for op in ops if "linear" in op):
-        usual: tuple[Config, ...] = configs.WGRAD_CONFIGS if op.endswith("wgrad") else configs.PRODUCT_CONFIGS
+        usual = configs.configs_of(op)
         yield from (_linear(op, config) for config in usual)
         yield from (_linear(op, config, dtype=torch.float32) for config in configs.FLOAT32_CONFIGS)
         yield from (_linear(op, usual[2], **recipe) for recipe in recipes)
@@ -186,7 +190,7 @@ def variants(ops: Collection[str] = tuple(schema.SCHEMAS)) -> Iterator[Variant]:
         {"groups": CHANNELS, "channels_last": False},
     )
     for op in (op for op in ops if "conv" in op):
-        usual = conv.CONV_WGRAD_CONFIGS if op.endswith("wgrad") else conv.CONV_CONFIGS
+        usual = configs.configs_of(op)
         yield from (_conv(op, config) for config in usual)
         yield from (_conv(op, config, dtype=torch.float32) for config in configs.FLOAT32_CONFIGS)
         if not op.endswith("wgrad"):
@@ -195,17 +199,9 @@ def variants(ops: Collection[str] = tuple(schema.SCHEMAS)) -> Iterator[Variant]:
 
 
 def _linear(op: str, config: Config, **options: Any) -> Variant:
-    recipe = _Recipe((SIZE, SIZE), **options)
-    x = torch.empty(SIZE, SIZE, dtype=recipe.dtype)
-    weights, coefficients = recipe.sources
-    calls: dict[str, Callable[[], Any]] = {
-        "mixed_linear": lambda: linear.mixed_linear(x, weights, coefficients, recipe.biases),
-        "mixed_linear_dgrad": lambda: linear.mixed_linear_dgrad(x, weights, coefficients),
-        "mixed_linear_wgrad": lambda: linear.mixed_linear_wgrad(
-            x, x, weights, coefficients, recipe.biases, *recipe.masks
-        ),
-    }
-    return Variant(f"{op} {recipe.name}", config, recipe.splits, recipe.tf32, recipe.work(op), calls[op])
+    layer = _Layer((SIZE, SIZE), **options)
+    x = torch.empty(SIZE, SIZE, dtype=layer.dtype)
+    return layer.variant(op, config, x, x)
 
 
 def _conv(
@@ -218,35 +214,25 @@ def _conv(
     channels_last: bool = True,
     **options: Any,
 ) -> Variant:
-    recipe = _Recipe((channels, channels // groups, *kernel), **options)
+    layer = _Layer((channels, channels // groups, *kernel), **options)
     dimensions = len(kernel)
     formats = {2: torch.channels_last, 3: torch.channels_last_3d}
     memory_format = formats.get(dimensions, torch.contiguous_format) if channels_last else torch.contiguous_format
     x, dy = (
-        torch.empty(BATCH, channels, *(size,) * dimensions, dtype=recipe.dtype).to(memory_format=memory_format)
+        torch.empty(BATCH, channels, *(size,) * dimensions, dtype=layer.dtype).to(memory_format=memory_format)
         for size in (IMAGE, IMAGE // stride)
     )
-    weights = [weight.to(memory_format=memory_format) for weight in recipe.sources[0]]
-    sources = weights, recipe.sources[1]
-    geometry: tuple[Any, ...] = [stride] * dimensions, [1] * dimensions, [1] * dimensions, groups
-    calls: dict[str, Callable[[], Any]] = {
-        "mixed_conv": lambda: conv.mixed_conv(x, *sources, recipe.biases, *geometry),
-        "mixed_conv_dgrad": lambda: conv.mixed_conv_dgrad(dy, *sources, x.shape, *geometry),
-        "mixed_conv_wgrad": lambda: conv.mixed_conv_wgrad(dy, x, *sources, recipe.biases, *recipe.masks, *geometry),
-    }
+    layer.weights = [weight.to(memory_format=memory_format) for weight in layer.weights]
+    layer.geometry = Geometry([stride] * dimensions, [1] * dimensions, [1] * dimensions, groups)
     kind = "depthwise" if groups == channels else f"{groups} groups"
-    shape = (
-        f"{dimensions}d"
-        + f", {channels} channels" * (channels < CHANNELS)
-        + ", NCHW" * (not channels_last)
-        + f", stride {stride}" * (stride > 1)
-    )
-    name = f"{op} {recipe.name}, {shape}" + f", {kind}" * (groups > 1)
-    return Variant(name, config, recipe.splits, recipe.tf32, recipe.work(op), calls[op])
+    layer.name += f", {dimensions}d"
+    layer.name += f", {channels} channels" * (channels < CHANNELS)
+    layer.name += ", NCHW" * (not channels_last) + f", stride {stride}" * (stride > 1) + f", {kind}" * (groups > 1)
+    return layer.variant(op, config, x, dy)
 
 
-class _Recipe:
-    """Sources that hold nothing: only their sizes and types matter."""
+class _Layer:
+    """Sources that hold nothing, for only their sizes and types matter, and how they are compiled for."""
 
     def __init__(
         self,
@@ -261,22 +247,37 @@ class _Recipe:
         self.dtype, self.splits, self.tf32 = dtype, splits, tf32
         source_dtype = source_dtype or dtype
         out = shape[0]
-        self.sources: tuple[Any, ...] = (
-            [torch.empty(shape, dtype=source_dtype)] * sources,
-            torch.empty((sources, out) if per_channel else (sources,)),
-        )
+        self.weights = [torch.empty(shape, dtype=source_dtype)] * sources
+        self.coefficients = torch.empty((sources, out) if per_channel else (sources,))
         self.biases = [torch.empty(out, dtype=source_dtype)] * sources
-        self.masks: tuple[Any, ...] = [True] * sources, True, [True] * sources
+        self.geometry: Geometry | None = None
         types = str(dtype) if source_dtype == dtype else f"{dtype} on {source_dtype}"
         self.name = f"{types.replace('torch.', '')}{' as TF32' * tf32}, {sources} sources"
         self.name += ", per channel" * per_channel + f", {splits} splits" * (splits > 1)
 
-    def work(self, op: str) -> Work:
-        """For the shared memory that a configuration takes."""
+    def variant(self, op: str, config: Config, x: Tensor, dy: Tensor) -> Variant:
+        """A call of ``op`` on this layer, between an x and a dy."""
+        call = self._call(op, x, dy)
+        kernel = BACKEND.kernel(op)
+        name = f"{op} {self.name}"
+        return Variant(name, config, self.splits, self.tf32, self._work(op), lambda: kernel(*call.operands))
+
+    def _call(self, op: str, x: Tensor, dy: Tensor) -> Call:
+        recipe = Recipe(self.weights, self.coefficients, self.biases)
+        if op.endswith("wgrad"):
+            every = [True] * len(self.weights)
+            return Call(op, dy, recipe, self.geometry, x=x, wanted=Wanted(every, True, every))
+        if op.endswith("dgrad"):
+            size = None if self.geometry is None else x.shape
+            return Call(op, dy, recipe._replace(biases=None), self.geometry, input_size=size)
+        return Call(op, x, recipe, self.geometry)
+
+    def _work(self, op: str) -> Work:
+        """What tells the shared memory that a configuration takes."""
         element = self.dtype.itemsize
         if op.endswith("wgrad"):
             return Work(SIZE, SIZE, SIZE, element, element, 0, 1.0)
-        return Work(SIZE, SIZE, SIZE, sum(w.element_size() for w in self.sources[0]), element, element, 1.0)
+        return Work(SIZE, SIZE, SIZE, sum(weight.element_size() for weight in self.weights), element, element, 1.0)
 
 
 def look(compiled: Any, name: str, variant: str, config: str, arch: str) -> Kernel:
@@ -306,7 +307,7 @@ def look(compiled: Any, name: str, variant: str, config: str, arch: str) -> Kern
 
 @functools.cache
 def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """Of a compiled kernel, the resources that it uses, and its machine code."""
+    """The resources that a compiled kernel uses, and its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -5,26 +5,23 @@ Each program mixes the whole filter of its group once, and then goes over pixels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl_kernels.backends.gpu.convolution import Geometry
+from rl_kernels.backends.gpu.convolution import Correlation
 from rl_kernels.backends.gpu.heuristics import Config
-from rl_kernels.backends.gpu.operands import Recipe, is_far, strides_of
-from rl_kernels.backends.triton.geometry import (
+from rl_kernels.backends.gpu.operands import StridedRecipe, is_far, strides_of
+from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.triton.pixels import (
     UNSPECIALISED,
     is_inside,
-    jump,
     pixel_of,
-    place,
+    pixel_offset,
+    tap_offset,
     tap_pointers,
 )
-from rl_kernels.backends.triton.linear import dot
-from rl_kernels.backends.triton.mix import INTERPRETED, load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.triton.tile import dot, is_widened
 
 
 @triton.jit(do_not_specialize=[name for name in UNSPECIALISED if name != "taps"])
@@ -65,7 +62,8 @@ def resident_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """As ``correlate_kernel``, for features and channels of one block each."""
+    """What ``correlate_kernel`` computes, for features and channels of one block each."""
+    # Where the group's operands lie.
     group = tl.program_id(1)
     f, c = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_CHANNELS)
     if WIDE:
@@ -93,6 +91,7 @@ def resident_kernel(
         else:
             factors = factors + (rows[j][:, None],)
 
+    # Its filter, tap by tap, and its bias: mixed once.
     dtype: tl.constexpr = activation.dtype.element_ty
     mask = in_features[:, None] & in_channels[None, :]
     filters = ()
@@ -104,6 +103,7 @@ def resident_kernel(
         rows = load_factors(coefficients, source_stride, channel_stride, first_feature + f, in_features, N, PER_CHANNEL)
         bias = mixed_bias(biases, bias_strides, rows, first_feature + f, in_features, N, dtype)[:, None]
 
+    # The pixels, a tile at a time.
     activation += first_channel * strides[1]
     out += first_feature * out_strides[1]
     for column in tl.range(tl.program_id(0), tl.cdiv(pixels, BLOCK_PIXELS), tl.num_programs(0), num_stages=STAGES):
@@ -115,13 +115,13 @@ def resident_kernel(
         from_d = d * pixel_steps[0] + first_shifts[0]
         from_h = h * pixel_steps[1] + first_shifts[1]
         from_w = w * pixel_steps[2] + first_shifts[2]
-        activation_offsets = c[:, None] * strides[1] + place(n, from_d, from_h, from_w, strides)[None, :]
+        activation_offsets = c[:, None] * strides[1] + pixel_offset(n, from_d, from_h, from_w, strides)[None, :]
         total = tl.zeros((BLOCK_FEATURES, BLOCK_PIXELS), tl.float32)
         for tap in tl.static_range(TAPS_D * TAPS_H * TAPS_W):
             t_d, t_h, t_w = tap // TAPS_W // TAPS_H, tap // TAPS_W % TAPS_H, tap % TAPS_W
             at_d, at_h, at_w = t_d * shift_steps[0], t_h * shift_steps[1], t_w * shift_steps[2]
             inside = in_pixels & is_inside(from_d + at_d, from_h + at_h, from_w + at_w, sizes, DIMENSIONS)
-            from_here = activation + jump(t_d, t_h, t_w, shift_steps, strides)
+            from_here = activation + tap_offset(t_d, t_h, t_w, shift_steps, strides)
             if EVEN:
                 tile = tl.load(from_here + activation_offsets, mask=inside[None, :], other=0.0)
             else:
@@ -129,25 +129,24 @@ def resident_kernel(
             total = dot(filters[tap], tile, total, PRECISION, WIDEN)
         if HAS_BIAS:
             total += bias
-        places = f[:, None] * out_strides[1] + place(n, d, h, w, out_strides)[None, :]
-        tl.store(out + places, total.to(out.dtype.element_ty), mask=in_features[:, None] & in_pixels[None, :])
+        out_offsets = f[:, None] * out_strides[1] + pixel_offset(n, d, h, w, out_strides)[None, :]
+        tl.store(out + out_offsets, total.to(out.dtype.element_ty), mask=in_features[:, None] & in_pixels[None, :])
 
 
 def correlate(
     out: Tensor,
     activation: Tensor,
-    recipe: Recipe,
-    biases: Sequence[Tensor] | None,
-    geometry: Geometry,
+    recipe: StridedRecipe,
+    correlation: Correlation,
     groups: int,
     transposed: bool,
     config: Config,
     programs: int,
 ) -> None:
-    """As ``conv.correlate``, by so many programs for each group."""
+    """``conv.correlate`` by a filter that stays on chip: so many programs for each group."""
     features, channels = out.shape[1] // groups, activation.shape[1] // groups
-    bias_sources, bias_strides = recipe.vectors(biases)
-    sizes, out_sizes, taps, *steps = geometry
+    bias_sources, bias_strides = recipe.vectors()
+    sizes, out_sizes, taps, *steps = correlation
     resident_kernel[(programs, groups)](
         out,
         activation,
@@ -168,7 +167,7 @@ def correlate(
         N=len(recipe.weights),
         TRANSPOSED=transposed,
         PER_CHANNEL=recipe.per_channel,
-        HAS_BIAS=biases is not None,
+        HAS_BIAS=recipe.biases is not None,
         DIMENSIONS=out.dim() - 2,
         TAPS_D=taps[0],
         TAPS_H=taps[1],
@@ -176,7 +175,7 @@ def correlate(
         EVEN=channels == config.depth,
         WIDE=is_far(out, activation, *recipe.weights),
         PRECISION="ieee",
-        WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
+        WIDEN=is_widened(activation.dtype),
         BLOCK_FEATURES=config.rows,
         BLOCK_PIXELS=config.columns,
         BLOCK_CHANNELS=config.depth,

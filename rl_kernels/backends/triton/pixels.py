@@ -1,14 +1,14 @@
-"""Where a convolution's pixels, taps and channels lie, by its ``convolution.Geometry``."""
+"""Where a convolution's pixels, taps and channels lie, by its ``Correlation``."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from rl_kernels.backends.gpu.convolution import Geometry
+from rl_kernels.backends.gpu.convolution import Correlation
 
-# They differ from layer to layer, and are no strides of memory: nothing is gained by a kernel for each.
-UNSPECIALISED = list(Geometry._fields)
+UNSPECIALISED = list(Correlation._fields)
+"""Arguments that differ from layer to layer and are no strides of memory: nothing is gained by a kernel for each."""
 
 
 @triton.jit
@@ -51,13 +51,13 @@ def is_inside(d, h, w, sizes, DIMENSIONS: tl.constexpr):
 
 
 @triton.jit
-def place(n, d, h, w, strides):
+def pixel_offset(n, d, h, w, strides):
     """The offset of pixels in a tensor of strides (batch, channel, depth, height, width), at channel 0."""
     return n * strides[0] + d * strides[2] + h * strides[3] + w * strides[4]
 
 
 @triton.jit
-def jump(t_d, t_h, t_w, steps, strides):
+def tap_offset(t_d, t_h, t_w, steps, strides):
     """The scalar offset, in 64 bits, from the first tap's input pixel to that of a tap."""
     return (
         tl.cast(t_d * steps[0], tl.int64) * strides[2]
