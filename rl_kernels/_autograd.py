@@ -13,7 +13,7 @@ the later ones break:
 4. otherwise the lean ``Function``.
 
 Before all of them an ordinary call on the CPU is offered to the C++ extension, whose fast path is the fourth way
-without a step in Python (``csrc/autograd.cpp``). It declines whatever belongs to the first three ways, and bad
+without a step in Python (``csrc/bindings``). It declines whatever belongs to the first three ways, and bad
 arguments; where its backward meets any of that, it comes back to the formulas here.
 
 The set of ops is closed under differentiation. With ``W`` the recipe over ``weights``:

@@ -36,12 +36,12 @@ def refuses(case: Case) -> str | None:
 
 
 def refuses_call(op: str, arguments: Sequence[Any]) -> str | None:
-    reason = _C.refuses_linear(*_recipe(op, arguments)) if "linear" in op else _C.refuses_conv(*_conv(op, arguments))
+    reason = _C.why_not_linear(*_recipe(op, arguments)) if "linear" in op else _C.why_not_conv(*_conv(op, arguments))
     return str(reason) if reason else None
 
 
 def slower(op: str, arguments: Sequence[Any]) -> str | None:
-    reason = _C.slower_linear(*_recipe(op, arguments)) if "linear" in op else _C.slower_conv(*_conv(op, arguments))
+    reason = _C.worse_linear(*_recipe(op, arguments)) if "linear" in op else _C.worse_conv(*_conv(op, arguments))
     return str(reason) if reason else None
 
 

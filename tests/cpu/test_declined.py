@@ -177,7 +177,7 @@ def too_many(n: int = 40) -> tuple[Tensor, list[Tensor], Tensor]:
 
 def test_a_refused_call() -> None:
     x, weights, coefficients = too_many()
-    reason = EXTENSION.module.refuses_linear(x, weights)
+    reason = EXTENSION.module.why_not_linear(x, weights)
     assert reason is not None
     with pytest.raises(CannotServe, match=f"'cpu' cannot serve mixed_linear .*: {reason}"):
         F.mixed_linear(x, weights, coefficients)
