@@ -95,9 +95,8 @@ public:
   static constexpr int64_t chunk = 256;
 
   // Mixes n elements of row o from q on into out, and fetches what lies `ahead` elements further in each source: what
-  // the caller will mix after some other rows, too far apart for the CPU to foresee. Not inlined: of one body, W has
-  // the same last bit wherever it is packed.
-  __attribute__((noinline)) void row(int64_t o, int64_t q, int64_t n, T *out, int64_t ahead) const {
+  // the caller will mix after some other rows, too far apart for the CPU to foresee.
+  void row(int64_t o, int64_t q, int64_t n, T *out, int64_t ahead) const {
     Vector<T> factors[max_sources], values[max_sources];
     const int count = recipe_.sources;
     for (int j = 0; j < count; ++j)
@@ -129,6 +128,11 @@ public:
           store_part(to + l, total, some - l);
       }
     }
+  }
+
+  // The same in one body for every pack of W^T: inlined apart, forwards could differ in the last bit of W.
+  __attribute__((noinline)) void shared_row(int64_t o, int64_t q, int64_t n, T *out, int64_t ahead) const {
+    row(o, q, n, out, ahead);
   }
 
   // The mixed bias of channel o, rounded to X; 0 without biases.
