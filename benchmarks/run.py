@@ -39,7 +39,7 @@ def benchmark(
     settings: Settings,
     arguments: Sequence[str],
     output: Path,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Record:
     """Measure every case in each of its modes and write the record after each cell.
 
@@ -148,7 +148,7 @@ def _entrants(
 def _listed(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, str | None], list[str] | None]:
     """A click callback for a comma-separated list of names among ``known``."""
 
-    def parse(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    def parse(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
         if value is None:
             return None
         names = [name.strip() for name in value.split(",") if name.strip()]
@@ -160,7 +160,7 @@ def _listed(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, s
     return parse
 
 
-def _backends(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[str]:
+def _backends(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> list[str]:
     known = [AUTO, *(backend.name for backend in registered())]
     for name in value:
         if name not in known:
@@ -168,7 +168,7 @@ def _backends(context: click.Context, parameter: click.Parameter, value: tuple[s
     return list(dict.fromkeys(value))
 
 
-def _regex(context: click.Context, parameter: click.Parameter, value: str | None) -> re.Pattern[str] | None:
+def _regex(_context: click.Context, _parameter: click.Parameter, value: str | None) -> re.Pattern[str] | None:
     try:
         return None if value is None else re.compile(value)
     except re.error as error:

@@ -12,11 +12,26 @@ import click
 
 # name: (module:attribute of the click command, one line for --help)
 COMMANDS = {
-    "demo": ("rl_kernels.demo:demo_command", "Train a small ResNet and ViT, whole and with blocks replaced."),
-    "doctor": ("rl_kernels.doctor:doctor_command", "Check this installation: versions, devices, backends."),
-    "inspect": ("rl_kernels.inspect:inspect_command", "Compile the GPU kernels without a GPU and look at their code."),
-    "plan": ("rl_kernels.conversion.command:plan_command", "Show which blocks of a named model would be replaced."),
-    "qualify": ("rl_kernels.qualify:qualify_command", "Check and time every kernel here, and enable those that win."),
+    "demo": (
+        "rl_kernels.commands.demo:demo_command",
+        "Train a small ResNet and ViT, whole and with blocks replaced.",
+    ),
+    "doctor": (
+        "rl_kernels.commands.doctor:doctor_command",
+        "Check this installation: versions, devices, backends.",
+    ),
+    "inspect": (
+        "rl_kernels.commands.inspect:inspect_command",
+        "Compile the GPU kernels without a GPU and look at their code.",
+    ),
+    "plan": (
+        "rl_kernels.commands.plan:plan_command",
+        "Show which blocks of a named model would be replaced.",
+    ),
+    "qualify": (
+        "rl_kernels.qualify.command:qualify_command",
+        "Check and time every kernel here, and enable those that win.",
+    ),
 }
 
 

@@ -25,7 +25,7 @@ HOW_TO_BUILD = "pip install --no-build-isolation -e ."
 """Beside torch and with a C++ compiler, in a checkout."""
 
 RECORD = "_build.json"
-SOURCES = ("*.cpp", "*.h", "cpu/*")
+SOURCES = ("bindings/*", "cpu/*/*")
 """What it is built from, in ``csrc``."""
 
 
@@ -101,7 +101,7 @@ def is_older_than_its_sources(
 EXTENSION = load(folder())
 
 
-def _declines(*arguments: Any) -> None:
+def _declines(*_: Any) -> None:
     return None
 
 

@@ -63,7 +63,7 @@ class _Finder:
     """Finds modules of 0.1.0, the last of all finders."""
 
     @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(name: str, _path: Sequence[str] | None = None, _target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, _Finder, is_package=True) if name in MODULES else None  # type: ignore[arg-type]
 
     @staticmethod

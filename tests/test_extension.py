@@ -55,10 +55,10 @@ def test_one_that_does_not_load(tmp_path: Path) -> None:
 
 
 def test_the_backend_says_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "EXTENSION", Extension(None, "planted"))
-    assert cpu.refuses(Case("mixed_linear", "cpu", torch.float32)) == "planted"
-    assert cpu.refuses(Case("mixed_linear", "cuda", torch.float32)) == "runs on CPUs"
-    assert cpu.refuses(Case("mixed_linear", "cpu", torch.float8_e5m2)) == "has no kernel for float8_e5m2"
+    monkeypatch.setattr(cpu.backend, "EXTENSION", Extension(None, "planted"))
+    assert cpu.BACKEND.why_not(Case("mixed_linear", "cpu", torch.float32)) == "planted"
+    assert cpu.BACKEND.why_not(Case("mixed_linear", "cuda", torch.float32)) == "needs a CPU"
+    assert cpu.BACKEND.why_not(Case("mixed_linear", "cpu", torch.float8_e5m2)) == "no kernel for float8_e5m2"
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ from click.testing import CliRunner, Result
 
 import rl_kernels as rl
 from rl_kernels._extension import EXTENSION, mixed_linear_call
-from rl_kernels.backends import Backend, Case, registered, selection, streamed, triton
-from rl_kernels.backends import record_store as gates
-from rl_kernels.backends.record_store import Gate
+from rl_kernels.backends import Case, record_store, registered, selection, streamed, triton
+from rl_kernels.backends.record_store import RecordStore
 from rl_kernels.backends.records import Point, Record, Verdict
-from rl_kernels.qualify import problems
+from rl_kernels.ops.schema import OPS
+from rl_kernels.ops.values import Recipe, Wanted
+from rl_kernels.qualify import command, correctness, problems, timing
 from rl_kernels.qualify.problems import Problem
+from tests.backends.planted import Planted
 
 LINEAR = [Problem(4, 32, 32), Problem(64, 32, 32)]
 CONV = [Problem(1, 8, 8, (3, 3), (6, 6), padding=1)]
@@ -31,13 +34,14 @@ Kernel = Callable[..., Any]
 def plant(tmp_path: Path) -> Iterator[Callable[[Kernel], None]]:
     """Puts a backend before all others, on a small grid and with an empty cache folder; auto is asked for."""
     with pytest.MonkeyPatch.context() as patch, rl.use_backend("auto"):
-        patch.setenv(gates.CACHE_VARIABLE, str(tmp_path))
-        patch.setattr(command, "grid", lambda op, device, quick: LINEAR if "linear" in op else CONV)
-        patch.setattr(command, "checks", lambda op: problems.checks(op)[:3])
+        patch.setenv(record_store.CACHE_VARIABLE, str(tmp_path))
+        for module in (command, correctness):
+            patch.setattr(module, "grid", lambda op, device, quick: LINEAR if "linear" in op else CONV)
+            patch.setattr(module, "checks", lambda op: problems.checks(op)[:3])
 
         def put(kernel: Kernel) -> None:
-            gate = Gate("planted", needed=True, files=lambda: [Path(__file__)])
-            backend = Backend("planted", "planted", {"mixed_linear": kernel}, lambda case: None, gate=gate)
+            store = RecordStore("planted", needed=True, files=lambda: [Path(__file__)])
+            backend = Planted({"mixed_linear": kernel}, record=store)
             patch.setattr(selection, "_backends", {"planted": backend, **selection._backends})
             selection.refresh()
 
@@ -46,8 +50,8 @@ def plant(tmp_path: Path) -> Iterator[Callable[[Kernel], None]]:
 
 
 def run(*options: str) -> Result:
-    command = ["--device", "cpu", "--dtype", "float32", "--quick", *options]
-    return CliRunner().invoke(command.qualify_command, command, env={"COLUMNS": "250"})
+    options = ("--device", "cpu", "--dtype", "float32", "--quick", *options)
+    return CliRunner().invoke(command.qualify_command, options, env={"COLUMNS": "250"})
 
 
 def reason(backend: str = "planted", op: str = "mixed_linear") -> str:
@@ -68,13 +72,13 @@ def test_a_kernel_that_is_right_and_fast_is_enabled(
     plant(fast)
     assert reason() == "not qualified: no record for this device; run python -m rl_kernels qualify"
     assert serving() != "planted"
-    honest = command._kernel
+    honest = timing.kernel_of
 
     def handicapped(name: str, op: str) -> Kernel:
         kernel = honest(name, op)
         return kernel if name == "reference" else lambda *arguments: (time.sleep(1e-3), kernel(*arguments))
 
-    monkeypatch.setattr(command, "_kernel", handicapped)
+    monkeypatch.setattr(timing, "kernel_of", handicapped)
     result = run("--backend", "planted", "--json")
     assert result.exit_code == 0, result.output
     (record,) = json.loads(result.stdout)
@@ -163,9 +167,9 @@ def linear_point(tokens: int, seconds: float) -> Point:
 
 
 def put_record(folder: Path, name: str, points: tuple[Point, ...], passed: bool = True) -> None:
-    gate = next(backend.gate for backend in registered() if backend.name == name)
-    assert gate is not None
-    here = gate.here(torch.device("cpu"))
+    store = next(backend.record for backend in registered() if backend.name == name)
+    assert store is not None
+    here = store.here(torch.device("cpu"))
     record = Record(name, here.architecture, "", here.driver, here.compiler, here.sources, "", "")
     verdict = Verdict("mixed_linear", "float32", passed, "planted")
     command.write(replace(record, verdicts=(verdict,), points=points), folder)
@@ -214,20 +218,19 @@ def test_what_cannot_be_qualified(plant: Callable[[Kernel], None], monkeypatch: 
 
 def test_interpreted_triton_is_never_automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton.automatic(Case("mixed_linear", "cpu", torch.float32)) == "is interpreted (TRITON_INTERPRET=1)"
+    case = Case("mixed_linear", "cpu", torch.float32)
+    assert triton.BACKEND.worse(case) == "interpreted (TRITON_INTERPRET=1)"
 
 
 def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything of it is imported."""
     pytest.importorskip("triton")
     for version, said in (("3.5.1", "triton 3.5.1 is older than 3.6"), ("3.6.0", None), ("4.0.0+git", None)):
-        triton._missing.cache_clear()
-        monkeypatch.setattr(triton.metadata, "version", lambda name, version=version: version)
-        reason = triton.refuses(Case("mixed_linear", "cuda", torch.float32))
-        assert reason == said or (
-            said is None and reason in (None, "is interpreted (TRITON_INTERPRET=1): on CPUs only")
-        )
-    triton._missing.cache_clear()
+        triton.backend._missing.cache_clear()
+        monkeypatch.setattr(triton.backend.metadata, "version", lambda name, version=version: version)
+        reason = triton.BACKEND.why_not(Case("mixed_linear", "cuda", torch.float32))
+        assert reason == said or (said is None and reason in (None, "interpreted (TRITON_INTERPRET=1), on CPUs only"))
+    triton.backend._missing.cache_clear()
 
 
 @pytest.mark.parametrize("op", ["mixed_linear", "mixed_linear_wgrad", "mixed_conv", "mixed_conv_wgrad"])
@@ -235,7 +238,7 @@ def test_triton_runs_in_every_configuration_that_its_heuristic_has(op: str) -> N
     pytest.importorskip("triton")
     from rl_kernels.backends.gpu import heuristics
 
-    (name, _), *forced = triton.variants(op, torch.bfloat16)
+    (name, _), *forced = triton.BACKEND.variants(op, torch.bfloat16)
     assert name == "" and len(forced) >= 12
     for name, context in forced:
         with context():
@@ -243,18 +246,42 @@ def test_triton_runs_in_every_configuration_that_its_heuristic_has(op: str) -> N
             assert chosen is not None
             config, splits = chosen
             assert name == f"configuration {'x'.join(map(str, config))}, {splits} splits"
-    assert "offline.py" not in {path.name for path in triton.files()} and len(triton.files()) >= 5
 
 
 @pytest.mark.parametrize("op", [*registered()[0].kernels])
 def test_the_problems_are_calls_that_every_op_accepts(op: str) -> None:
-    from rl_kernels.ops import schema
-
     for problem in problems.checks(op):
-        schema.CHECKS[op](*problems.arguments(problem, op, torch.bfloat16, torch.device("cpu")))
+        OPS[op].check(problems.make_call(problem, op, torch.bfloat16, torch.device("cpu")))
     for device in ("cpu", "cuda"):
         full, quick = (problems.grid(op, device, quick) for quick in (False, True))
         assert 0 < len(quick) < len(full)
         assert set(quick) <= set(full)
-    first = problems.checks(op)[: command.FORCED_PROBLEMS]
+    first = problems.checks(op)[: correctness.FORCED_PROBLEMS]
     assert all(problem.sources == 2 and not problem.halved for problem in first)
+
+
+def test_a_wgrad_that_loses_or_overwrites_what_it_should_add_to_fails() -> None:
+    """Into is a parameter like any other: a kernel that takes it and does otherwise is seen."""
+
+    def kept(dy: torch.Tensor, x: torch.Tensor, recipe: Recipe, wanted: Wanted, into: Any = None) -> Any:
+        gradients = streamed.mixed_linear_wgrad(dy, x, recipe, wanted)
+        for buffer, gradient in zip(into or [None] * len(gradients.weights), gradients.weights, strict=True):
+            if buffer is not None:
+                buffer.add_(gradient)
+        return gradients
+
+    def lost(dy: torch.Tensor, x: torch.Tensor, recipe: Recipe, wanted: Wanted, into: Any = None) -> Any:
+        return streamed.mixed_linear_wgrad(dy, x, recipe, wanted)
+
+    def overwritten(dy: torch.Tensor, x: torch.Tensor, recipe: Recipe, wanted: Wanted, into: Any = None) -> Any:
+        for buffer in filter(lambda buffer: buffer is not None, into or ()):
+            buffer.zero_()
+        return kept(dy, x, recipe, wanted, into)
+
+    case, device = Case("mixed_linear_wgrad", "cpu", torch.float32), torch.device("cpu")
+    problem = problems.checks(case.op)[0]
+    for kernel, right in ((kept, True), (lost, False), (overwritten, False)):
+        backend = Planted({case.op: kernel}, accumulates=True)
+        trials = [correctness.Trial(problem, "", contextlib.nullcontext)]
+        wrong = list(correctness.failures(backend, trials, case, device))
+        assert wrong == [] if right else "into[0]" in wrong[0]

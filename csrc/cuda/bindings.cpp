@@ -22,10 +22,10 @@
 #error "RL_KERNELS_NVCC: the version of nvcc, as a string"
 #endif
 
+namespace rl_kernels::cuda {
 namespace {
 
 namespace py = pybind11;
-using rl_kernels::Kernel;
 
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
@@ -68,7 +68,7 @@ void check(cudaError_t error, const std::string &doing) {
 const Kernel &find(std::string_view name) {
   static const auto *by_name = [] {
     auto *kernels = new std::map<std::string_view, Kernel>;
-    for (const Kernel &kernel : rl_kernels::registered_kernels())
+    for (const Kernel &kernel : registered_kernels())
       kernels->emplace(kernel.name, kernel);
     return kernels;
   }();
@@ -95,9 +95,10 @@ void allow_shared(const Kernel &kernel, unsigned bytes, const std::string &doing
 }
 
 // On the current device, whose stream `stream` must be: a cudaStream_t as an integer, 0 for the default one.
-void launch(std::string_view name, const std::array<unsigned, 3> &grid, unsigned threads, unsigned shared_bytes,
-            std::uintptr_t stream, const py::bytes &params) {
+void launch(std::string_view name, const std::array<unsigned, 3> &grid, unsigned shared_bytes, std::uintptr_t stream,
+            const py::bytes &params) {
   const Kernel &kernel = find(name);
+  const int threads = kernel.facts.threads;
   const std::string_view bytes = params;
   if (bytes.size() != kernel.params_bytes)
     throw std::invalid_argument("kernel " + std::string(name) + " takes parameters of " +
@@ -119,11 +120,24 @@ void launch(std::string_view name, const std::array<unsigned, 3> &grid, unsigned
                      " bytes of shared memory");
 }
 
-// Name to bytes of its parameters.
+// Name to the bytes of its parameters, and its LaunchFacts under their own names.
 py::dict kernels() {
   py::dict found;
-  for (const Kernel &kernel : rl_kernels::registered_kernels())
-    found[kernel.name] = kernel.params_bytes;
+  for (const Kernel &kernel : registered_kernels()) {
+    const LaunchFacts &facts = kernel.facts;
+    py::dict entry;
+    entry["params_bytes"] = kernel.params_bytes;
+    entry["threads"] = facts.threads;
+    entry["rows"] = facts.rows;
+    entry["columns"] = facts.columns;
+    entry["depth_bytes"] = facts.depth_bytes;
+    entry["stage_bytes"] = facts.stage_bytes;
+    entry["source_bytes"] = facts.source_bytes;
+    entry["step_bytes"] = facts.step_bytes;
+    entry["epilogue_bytes"] = facts.epilogue_bytes;
+    entry["kept_bytes"] = facts.kept_bytes;
+    found[kernel.name] = entry;
+  }
   return found;
 }
 
@@ -159,8 +173,10 @@ py::dict device_info(int index) {
 
 PYBIND11_MODULE(_cuda, module) {
   module.def("kernels", &kernels);
-  module.def("launch", &launch, py::arg("name"), py::arg("grid"), py::arg("threads"), py::arg("shared_bytes"),
-             py::arg("stream"), py::arg("params"));
+  module.def("launch", &launch, py::arg("name"), py::arg("grid"), py::arg("shared_bytes"), py::arg("stream"),
+             py::arg("params"));
   module.def("build_info", &build_info);
   module.def("device_info", &device_info, py::arg("index") = 0);
 }
+
+} // namespace rl_kernels::cuda

@@ -7,15 +7,18 @@
 #include "params.h"
 #include "ptx.cuh"
 
-namespace rl_kernels {
+namespace rl_kernels::cuda {
 
-// How elements of a type lie in registers.
+constexpr int CHUNK_BYTES = 16; // what is copied at a time
+constexpr int STEP_BYTES = 64;  // of a row along the sum, that a stage of the pipelines holds
+
+// How many elements of a type there are in what instructions take.
 template <class T> struct Element {
   static constexpr int BYTES = sizeof(T);
-  static constexpr int IN_REGISTER = 4 / BYTES; // elements
-  static constexpr int IN_CHUNK = 16 / BYTES;   // elements that are copied at a time
-  static constexpr int MMA_DEPTH = 32 / BYTES;  // of the sum that one matrix instruction takes
-  static constexpr int TILE_DEPTH = 64 / BYTES; // of the sum that a stage of the pipelines holds
+  static constexpr int IN_REGISTER = 4 / BYTES;
+  static constexpr int IN_CHUNK = CHUNK_BYTES / BYTES;
+  static constexpr int MMA_DEPTH = 32 / BYTES;          // of the sum that one matrix instruction takes
+  static constexpr int TILE_DEPTH = STEP_BYTES / BYTES; // of the sum that a stage of the pipelines holds
 };
 
 // The values of a register, .x the lower; a float has no second.
@@ -59,13 +62,13 @@ template <class T> __device__ inline float2 add_source(float2 sum, uint32_t sour
   return {fmaf(values.x, factors.x, sum.x), sizeof(T) == 2 ? fmaf(values.y, factors.y, sum.y) : 0.0f};
 }
 
-// The first source's, which has nothing to be added to: -0 stays.
+// The first source's register times its coefficients, which has nothing to be added to: -0 stays.
 template <class T> __device__ inline float2 first_source(uint32_t source, float2 factors) {
   float2 values = unpack<T>(source);
   return {values.x * factors.x, sizeof(T) == 2 ? values.y * factors.y : 0.0f};
 }
 
-// Of source j for an output channel.
+// That of source j for an output channel.
 __device__ inline float coefficient(const Recipe &recipe, int j, int64_t channel) {
   return reinterpret_cast<const float *>(
       recipe.coefficients)[j * recipe.source_stride + channel * recipe.channel_stride];
@@ -103,4 +106,4 @@ __device__ inline void load_chunk(uint32_t (&to)[4], const T *from, int64_t stri
   }
 }
 
-} // namespace rl_kernels
+} // namespace rl_kernels::cuda

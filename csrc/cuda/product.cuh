@@ -2,9 +2,10 @@
 // operand and never exists but in registers. Forward and, with TRANSPOSED, dgrad; linear layers and convolutions.
 #pragma once
 
+#include "registry.h"
 #include "tile.cuh"
 
-namespace rl_kernels {
+namespace rl_kernels::cuda {
 
 // Two sources with a scalar each: the recipe of Replacement Learning.
 struct Pair {
@@ -16,7 +17,7 @@ struct General {
 };
 
 // The coefficients of a lane's elements of a first operand.
-template <class T, class Tile, class Place, bool TRANSPOSED, class Kind> class Factors {
+template <class T, class Tile, class Addressing, bool TRANSPOSED, class Kind> class Factors {
 public:
   // first: the lane's warp's first feature.
   __device__ Factors(const Product &p, int first, int lane) : p_(p), lane_(lane) {
@@ -25,7 +26,7 @@ public:
       b_ = coefficient(p.recipe, 1, 0);
     } else if constexpr (!TRANSPOSED) {
 #pragma unroll
-      for (int j = 0; j < MOST_SOURCES; ++j)
+      for (int j = 0; j < MAX_SOURCES; ++j)
 #pragma unroll
         for (int row = 0; row < 2 * Tile::DOWN; ++row) {
           int feature = min(first + row * 8 + lane / 4, p.features - 1);
@@ -43,7 +44,7 @@ public:
 #pragma unroll
       for (int e = 0; e < PER_STEP; ++e) {
         int at = k + e / PER_REGISTER * (Element<T>::MMA_DEPTH / 2) + lane_ % 4 * PER_REGISTER + e % PER_REGISTER;
-        int64_t channel = int64_t(blockIdx.y) * p_.channels + Place::channel(p_.geometry, min(at, k_end - 1));
+        int64_t channel = int64_t(blockIdx.y) * p_.channels + Addressing::channel(p_.correlation, min(at, k_end - 1));
         step_[e] = coefficient(p_.recipe, j, channel);
       }
     }
@@ -64,232 +65,313 @@ private:
   const Product &p_;
   int lane_;
   float a_, b_;
-  float rows_[MOST_SOURCES][2 * Tile::DOWN];
+  float rows_[MAX_SOURCES][2 * Tile::DOWN];
   float step_[PER_STEP]; // of the source and step at hand
 };
 
-template <class T, class Tile, class Place, bool TRANSPOSED, class Kind> __device__ void product(const Product &p) {
+// A block's tile of a product.
+template <class T, class Tile, class Addressing, bool TRANSPOSED, class Kind> class ProductKernel {
   using E = Element<T>;
   using Weight = std::conditional_t<TRANSPOSED, DepthOuter<T, Tile::ROWS>, DepthInner<T, Tile::ROWS>>;
   using Activation = DepthInner<T, Tile::COLUMNS>;
-  constexpr int CHUNKS = 64 / 16;                                               // of a row along the sum
-  constexpr int WEIGHT_CHUNKS = TRANSPOSED ? Tile::ROWS / E::IN_CHUNK : CHUNKS; // of a row of the weights' tile
-  constexpr int WEIGHT_ROWS = TRANSPOSED ? E::TILE_DEPTH : Tile::ROWS;
-  constexpr int PIXELS = Tile::COLUMNS * CHUNKS / Tile::THREADS; // of the activation that a thread copies chunks of
+  using Sums = typename Tile::Sums;
+  using Pixel = typename Addressing::Pixel;
+  using CoefficientsOfLane = Factors<T, Tile, Addressing, TRANSPOSED, Kind>;
+
+  // Copies: chunks of a row along the sum, of a row of the weights' tile, and how many pixels' chunks a thread copies.
+  static constexpr int CHUNKS = STEP_BYTES / CHUNK_BYTES;
+  static constexpr int WEIGHT_CHUNKS = TRANSPOSED ? Tile::ROWS / E::IN_CHUNK : CHUNKS;
+  static constexpr int WEIGHT_ROWS = TRANSPOSED ? E::TILE_DEPTH : Tile::ROWS;
+  static constexpr int PIXELS = Tile::COLUMNS * CHUNKS / Tile::THREADS;
   static_assert(Tile::THREADS % CHUNKS == 0 && Tile::THREADS % WEIGHT_CHUNKS == 0,
                 "a thread copies one column of chunks");
   static_assert(PIXELS * Tile::THREADS == Tile::COLUMNS * CHUNKS, "threads copy equally many");
 
-  // Shared memory: `stages` times every source's tile and the activation's; then the epilogue's floats.
-  extern __shared__ __align__(128) uint8_t shared[];
-  const int sources = Kind::IS_PAIR ? 2 : p.recipe.sources;
-  const int stage_bytes = sources * Weight::BYTES + Activation::BYTES;
+  // Epilogue: 32 columns of each warp beside another, as rows of floats.
+  static constexpr int PITCH = Tile::ROWS + 4; // lanes of a row and a column of the sums lie in different banks
+  static constexpr int STAGED_COLUMNS = 32 * Tile::WARPS_OVER_COLUMNS;
+  static constexpr int OUT_CHUNKS = Tile::ROWS / E::IN_CHUNK;
+  static_assert(Tile::THREADS % OUT_CHUNKS == 0, "a thread's chunks have the same features");
 
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int group = blockIdx.y, split = blockIdx.z;
-  const int2 tile =
-      tile_of(blockIdx.x, (p.features + Tile::ROWS - 1) / Tile::ROWS, (p.pixels + Tile::COLUMNS - 1) / Tile::COLUMNS);
-  const int first_feature = tile.x * Tile::ROWS, first_pixel = tile.y * Tile::COLUMNS;
-  const int warp_row = warp / Tile::WARPS_OVER_COLUMNS * Tile::WARP_ROWS;
-  const int warp_column = warp % Tile::WARPS_OVER_COLUMNS * Tile::WARP_COLUMNS;
-  const Geometry &g = p.geometry;
-  const int depth = p.channels * taps_of(g);
-  const int first_step = split * p.steps;
-  const int steps = min(p.steps, (depth + E::TILE_DEPTH - 1) / E::TILE_DEPTH - first_step);
-
-  // Copies. A thread's chunks of the activation lie in one column of the tile, and in the same rows each step.
-  auto *activation = reinterpret_cast<const T *>(p.activation) + int64_t(group) * p.channels * p.activation_strides[1];
-  const int chunk = thread % CHUNKS, weight_chunk = thread % WEIGHT_CHUNKS;
-  // Where pixels lie is computed once, and kept where it takes more than a product.
-  __shared__ typename Place::Pixel kept[Place::KEPT ? Tile::COLUMNS : 1];
-  if constexpr (Place::KEPT) {
-    for (int i = thread; i < Tile::COLUMNS; i += Tile::THREADS)
-      kept[i] = Place::pixel(g, p.activation_strides, min(first_pixel + i, p.pixels - 1));
-    __syncthreads();
-  }
-  auto pixel_of = [&](int row) -> typename Place::Pixel {
-    if constexpr (Place::KEPT)
-      return kept[row];
-    else
-      return Place::pixel(g, p.activation_strides, first_pixel + row);
+public:
+  using Params = Product;
+  static constexpr int MAX_THREADS = Tile::THREADS;
+  static constexpr LaunchFacts FACTS = {
+      .threads = Tile::THREADS,
+      .rows = Tile::ROWS,
+      .columns = Tile::COLUMNS,
+      .depth_bytes = STEP_BYTES,
+      .stage_bytes = Activation::BYTES,
+      .source_bytes = Weight::BYTES,
+      .epilogue_bytes = STAGED_COLUMNS * PITCH * int(sizeof(float)),
+      .kept_bytes = Addressing::KEPT ? Tile::COLUMNS * int(sizeof(Pixel)) : 0,
   };
 
-  auto load = [&](int step, int stage) {
-    uint8_t *to = shared + stage * stage_bytes;
-    const int first_k = (first_step + step) * E::TILE_DEPTH;
-    for (int j = 0; j < sources; ++j) {
-      auto *weight = reinterpret_cast<const T *>(p.recipe.weights[j]) + group * p.recipe.group_strides[j];
-      const int64_t *strides = p.recipe.strides[j];
-      const bool vector = p.recipe.vectors >> j & 1;
+  static __device__ void run(const Product &p) {
+    // Shared memory: `stages` times every source's tile and the activation's; then the epilogue's floats.
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ Pixel kept[Addressing::KEPT ? Tile::COLUMNS : 1];
+    ProductKernel block(p, shared, kept);
+    block.keep_pixels();
+    CoefficientsOfLane factors(p, block.first_feature_ + block.warp_row_, block.lane_);
+    Sums sums = {};
+    pipeline(
+        block.steps_, p.stages, [&](int step, int stage) { block.load(step, stage); },
+        [&](int step, int stage) { block.multiply(sums, factors, step, stage); });
+    block.finish(sums);
+  }
+
+private:
+  const Product &p_;
+  uint8_t *const shared_;
+  Pixel *const kept_;
+  const int thread_ = threadIdx.x, lane_ = thread_ % 32, warp_ = thread_ / 32;
+  const int group_ = blockIdx.y, split_ = blockIdx.z;
+  const int sources_, stage_bytes_;
+  const int warp_row_ = warp_ / Tile::WARPS_OVER_COLUMNS * Tile::WARP_ROWS;
+  const int warp_column_ = warp_ % Tile::WARPS_OVER_COLUMNS * Tile::WARP_COLUMNS;
+  const int depth_, first_step_, steps_;
+  const T *const activation_; // the group's
+  int first_feature_, first_pixel_;
+
+  __device__ ProductKernel(const Product &p, uint8_t *shared, Pixel *kept)
+      : p_(p), shared_(shared), kept_(kept), sources_(Kind::IS_PAIR ? 2 : p.recipe.sources),
+        stage_bytes_(sources_ * Weight::BYTES + Activation::BYTES), depth_(p.channels * taps_of(p.correlation)),
+        first_step_(split_ * p.steps), steps_(min(p.steps, (depth_ + E::TILE_DEPTH - 1) / E::TILE_DEPTH - first_step_)),
+        activation_(reinterpret_cast<const T *>(p.activation) +
+                    int64_t(group_) * p.channels * p.activation_strides[1]) {
+    const int2 tile =
+        tile_of(blockIdx.x, (p.features + Tile::ROWS - 1) / Tile::ROWS, (p.pixels + Tile::COLUMNS - 1) / Tile::COLUMNS);
+    first_feature_ = tile.x * Tile::ROWS;
+    first_pixel_ = tile.y * Tile::COLUMNS;
+  }
+
+  // Where pixels lie is computed once, and kept where it takes more than a product.
+  __device__ void keep_pixels() const {
+    if constexpr (Addressing::KEPT) {
+      for (int i = thread_; i < Tile::COLUMNS; i += Tile::THREADS)
+        kept_[i] = Addressing::pixel(p_.correlation, p_.activation_strides, min(first_pixel_ + i, p_.pixels - 1));
+      __syncthreads();
+    }
+  }
+
+  __device__ Pixel pixel_of(int row) const {
+    if constexpr (Addressing::KEPT)
+      return kept_[row];
+    else
+      return Addressing::pixel(p_.correlation, p_.activation_strides, first_pixel_ + row);
+  }
+
+  // Copies. A thread's chunks of the activation lie in one column of the tile, and in the same rows each step.
+
+  __device__ void load(int step, int stage) const {
+    uint8_t *to = shared_ + stage * stage_bytes_;
+    const int first_k = (first_step_ + step) * E::TILE_DEPTH;
+    for (int j = 0; j < sources_; ++j)
+      load_source(to + j * Weight::BYTES, j, first_k);
+    load_activation(to + sources_ * Weight::BYTES, first_k);
+  }
+
+  __device__ void load_source(uint8_t *tile, int j, int first_k) const {
+    auto *weight = reinterpret_cast<const T *>(p_.recipe.weights[j]) + group_ * p_.recipe.group_strides[j];
+    const int64_t *strides = p_.recipe.strides[j];
+    const bool vector = p_.recipe.vectors >> j & 1;
+    const int chunk = thread_ % WEIGHT_CHUNKS;
 #pragma unroll
-      for (int row = thread / WEIGHT_CHUNKS; row < WEIGHT_ROWS; row += Tile::THREADS / WEIGHT_CHUNKS) {
-        uint8_t *place = to + j * Weight::BYTES + Weight::offset(row, weight_chunk);
-        const int k = first_k + (TRANSPOSED ? row : weight_chunk * E::IN_CHUNK);
-        const int feature = first_feature + (TRANSPOSED ? weight_chunk * E::IN_CHUNK : row);
-        if constexpr (TRANSPOSED) {
-          const T *from = weight + Place::weight_offset(g, strides, k);
-          copy_chunk<T>(place, vector, k < depth ? min(p.features - feature, E::IN_CHUNK) : 0, weight,
-                        [&](int e) { return from + (feature + e) * strides[0]; });
-        } else {
-          const T *from = weight + feature * strides[0];
-          copy_chunk<T>(place, vector, feature < p.features ? min(depth - k, E::IN_CHUNK) : 0, weight,
-                        [&](int e) { return from + Place::weight_offset(g, strides, k + e); });
-        }
+    for (int row = thread_ / WEIGHT_CHUNKS; row < WEIGHT_ROWS; row += Tile::THREADS / WEIGHT_CHUNKS) {
+      uint8_t *to = tile + Weight::offset(row, chunk);
+      const int k = first_k + (TRANSPOSED ? row : chunk * E::IN_CHUNK);
+      const int feature = first_feature_ + (TRANSPOSED ? chunk * E::IN_CHUNK : row);
+      if constexpr (TRANSPOSED) {
+        const T *from = weight + Addressing::weight_offset(p_.correlation, strides, k);
+        copy_chunk<T>(to, vector, k < depth_ ? min(p_.features - feature, E::IN_CHUNK) : 0, weight,
+                      [&](int e) { return from + (feature + e) * strides[0]; });
+      } else {
+        const T *from = weight + feature * strides[0];
+        copy_chunk<T>(to, vector, feature < p_.features ? min(depth_ - k, E::IN_CHUNK) : 0, weight,
+                      [&](int e) { return from + Addressing::weight_offset(p_.correlation, strides, k + e); });
       }
     }
-    const int k = first_k + chunk * E::IN_CHUNK;
-    const auto at = Place::position(g, p.activation_strides, k);
+  }
+
+  __device__ void load_activation(uint8_t *tile, int first_k) const {
+    const Correlation &c = p_.correlation;
+    const int chunk = thread_ % CHUNKS, k = first_k + chunk * E::IN_CHUNK;
+    const auto at = Addressing::position(c, p_.activation_strides, k);
 #pragma unroll
     for (int i = 0; i < PIXELS; ++i) {
-      const int row = thread / CHUNKS + i * (Tile::THREADS / CHUNKS);
-      uint8_t *place = to + sources * Weight::BYTES + Activation::offset(row, chunk);
-      const bool exists = first_pixel + row < p.pixels;
+      const int row = thread_ / CHUNKS + i * (Tile::THREADS / CHUNKS);
+      uint8_t *to = tile + Activation::offset(row, chunk);
+      const bool exists = first_pixel_ + row < p_.pixels;
       const auto pixel = pixel_of(row);
-      if (p.vector_activation) {
+      if (p_.vector_activation) {
         // Its elements have one tap: they lie inside together.
-        const int inside = exists && Place::meets(g, pixel, at) ? min(depth - k, E::IN_CHUNK) : 0;
-        copy_chunk<T>(place, true, inside, activation, [&](int) { return activation + pixel.offset + at.offset; });
+        const int inside = exists && Addressing::meets(c, pixel, at) ? min(depth_ - k, E::IN_CHUNK) : 0;
+        copy_chunk<T>(to, true, inside, activation_, [&](int) { return activation_ + pixel.offset + at.offset; });
       } else {
 #pragma unroll 1
         for (int e = 0; e < E::IN_CHUNK; ++e) {
-          const auto here = Place::position(g, p.activation_strides, k + e);
-          const bool inside = exists && k + e < depth && Place::meets(g, pixel, here);
-          reinterpret_cast<T *>(place)[e] = inside ? activation[pixel.offset + here.offset] : T(0.0f);
+          const auto here = Addressing::position(c, p_.activation_strides, k + e);
+          const bool inside = exists && k + e < depth_ && Addressing::meets(c, pixel, here);
+          reinterpret_cast<T *>(to)[e] = inside ? activation_[pixel.offset + here.offset] : T(0.0f);
         }
       }
     }
-  };
+  }
 
   // Main loop: the sources' fragments are mixed, and multiplied with the activation's.
-  Factors<T, Tile, Place, TRANSPOSED, Kind> factors(p, first_feature + warp_row, lane);
-  typename Tile::Sums sums = {};
-  auto multiply = [&](int step, int stage) {
-    const uint32_t from = ptx::shared_address(shared + stage * stage_bytes);
+
+  __device__ void multiply(Sums &sums, CoefficientsOfLane &factors, int step, int stage) const {
+    const uint32_t from = ptx::shared_address(shared_ + stage * stage_bytes_);
 #pragma unroll
     for (int s = 0; s < E::TILE_DEPTH / E::MMA_DEPTH; ++s) {
-      const int first_k = (first_step + step) * E::TILE_DEPTH + s * E::MMA_DEPTH;
-      float2 mixed[Tile::DOWN][4];
-      auto add = [&](int j) {
-        factors.step(j, first_k, depth);
-#pragma unroll
-        for (int down = 0; down < Tile::DOWN; ++down) {
-          uint32_t source[4];
-          Weight::first_operand(source, from + j * Weight::BYTES, warp_row + 16 * down, s, lane);
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const float2 factor = factors.of(j, down, r);
-            float2 &sum = mixed[down][r];
-            sum = j == 0 ? first_source<T>(source[r], factor) : add_source<T>(sum, source[r], factor);
-          }
-        }
-      };
-      if constexpr (Kind::IS_PAIR) {
-        add(0);
-        add(1);
-      } else {
-#pragma unroll
-        for (int j = 0; j < MOST_SOURCES; ++j)
-          if (j < sources)
-            add(j);
-      }
       uint32_t weight[Tile::DOWN][4];
+      mix(weight, factors, from, s, (first_step_ + step) * E::TILE_DEPTH + s * E::MMA_DEPTH);
+      multiply_add<T, Tile, Activation>(sums, weight, from + sources_ * Weight::BYTES, warp_column_, s, lane_);
+    }
+  }
+
+  // The first operands of matrix instructions `s` of a stage, whose positions of the sum begin at first_k.
+  __device__ void mix(uint32_t (&weight)[Tile::DOWN][4], CoefficientsOfLane &factors, uint32_t from, int s,
+                      int first_k) const {
+    float2 mixed[Tile::DOWN][4];
+    auto add = [&](int j) {
+      factors.step(j, first_k, depth_);
 #pragma unroll
       for (int down = 0; down < Tile::DOWN; ++down) {
-        // Past the sum's end sources are 0, but an infinite coefficient makes that nan.
-        if (first_k + E::MMA_DEPTH > depth) {
+        uint32_t source[4];
+        Weight::first_operand(source, from + j * Weight::BYTES, warp_row_ + 16 * down, s, lane_);
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const int k = first_k + r / 2 * (E::MMA_DEPTH / 2) + lane % 4 * E::IN_REGISTER;
-            float2 &sum = mixed[down][r];
-            sum = {k < depth ? sum.x : 0.0f, k + 1 < depth ? sum.y : 0.0f};
-          }
+        for (int r = 0; r < 4; ++r) {
+          const float2 factor = factors.of(j, down, r);
+          float2 &sum = mixed[down][r];
+          sum = j == 0 ? first_source<T>(source[r], factor) : add_source<T>(sum, source[r], factor);
         }
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          weight[down][r] = operand<T>(pack<T>(mixed[down][r]));
       }
-      multiply_add<T, Tile, Activation>(sums, weight, from + sources * Weight::BYTES, warp_column, s, lane);
+    };
+    if constexpr (Kind::IS_PAIR) {
+      add(0);
+      add(1);
+    } else {
+#pragma unroll
+      for (int j = 0; j < MAX_SOURCES; ++j)
+        if (j < sources_)
+          add(j);
     }
-  };
-  pipeline(steps, p.stages, load, multiply);
+#pragma unroll
+    for (int down = 0; down < Tile::DOWN; ++down) {
+      // Past the sum's end sources are 0, but an infinite coefficient makes that nan.
+      if (first_k + E::MMA_DEPTH > depth_) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int k = first_k + r / 2 * (E::MMA_DEPTH / 2) + lane_ % 4 * E::IN_REGISTER;
+          float2 &sum = mixed[down][r];
+          sum = {k < depth_ ? sum.x : 0.0f, k + 1 < depth_ ? sum.y : 0.0f};
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        weight[down][r] = operand<T>(pack<T>(mixed[down][r]));
+    }
+  }
 
   // Epilogue: 32 columns of each warp at a time through shared memory, as rows of features, then 16 bytes a thread.
-  constexpr int PITCH = Tile::ROWS + 4; // floats: lanes of a row and a column of the sums lie in different banks
-  constexpr int OUT_CHUNKS = Tile::ROWS / E::IN_CHUNK;
-  static_assert(Tile::THREADS % OUT_CHUNKS == 0, "a thread's chunks have the same features");
-  auto *staged = reinterpret_cast<float *>(shared);
-  const int feature = first_feature + thread % OUT_CHUNKS * E::IN_CHUNK;
-  const int inside = min(p.features - feature, E::IN_CHUNK);
-  const int64_t out_feature = int64_t(group) * p.features + feature;
-  float bias[E::IN_CHUNK] = {};
-  if (p.biases[0] != 0 && p.splits == 1) {
-    for (int e = 0; e < inside; ++e)
-      bias[e] = mixed_bias<T>(p, out_feature + e);
-  }
+
+  __device__ void finish(const Sums &sums) const {
+    const int feature = first_feature_ + thread_ % OUT_CHUNKS * E::IN_CHUNK;
+    const int inside = min(p_.features - feature, E::IN_CHUNK);
+    float bias[E::IN_CHUNK] = {};
+    if (p_.biases[0] != 0 && p_.splits == 1) {
+      for (int e = 0; e < inside; ++e)
+        bias[e] = mixed_bias<T>(p_, int64_t(group_) * p_.features + feature + e);
+    }
 #pragma unroll
-  for (int pass = 0; pass < Tile::ACROSS / 4; ++pass) {
-    if (pass > 0)
+    for (int pass = 0; pass < Tile::ACROSS / 4; ++pass) {
+      if (pass > 0)
+        __syncthreads();
+      stage_sums(sums, pass);
       __syncthreads();
+      for (int column = thread_ / OUT_CHUNKS; column < STAGED_COLUMNS; column += Tile::THREADS / OUT_CHUNKS) {
+        const int pixel = first_pixel_ + column / 32 * Tile::WARP_COLUMNS + 32 * pass + column % 32;
+        if (pixel >= p_.pixels || inside <= 0)
+          continue;
+        const float *from = reinterpret_cast<float *>(shared_) + column * PITCH + feature - first_feature_;
+        if (p_.splits > 1)
+          store_share(from, pixel, feature, inside);
+        else
+          store(from, bias, pixel, feature, inside);
+      }
+    }
+  }
+
+  __device__ void stage_sums(const Sums &sums, int pass) const {
+    auto *staged = reinterpret_cast<float *>(shared_);
 #pragma unroll
     for (int down = 0; down < Tile::DOWN; ++down)
 #pragma unroll
       for (int across = 0; across < 4; ++across)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const int column = warp % Tile::WARPS_OVER_COLUMNS * 32 + 8 * across + 2 * (lane % 4) + r % 2;
-          staged[column * PITCH + warp_row + 16 * down + lane / 4 + r / 2 * 8] = sums[down][4 * pass + across][r];
+          const int column = warp_ % Tile::WARPS_OVER_COLUMNS * 32 + 8 * across + 2 * (lane_ % 4) + r % 2;
+          staged[column * PITCH + warp_row_ + 16 * down + lane_ / 4 + r / 2 * 8] = sums[down][4 * pass + across][r];
         }
-    __syncthreads();
-    for (int column = thread / OUT_CHUNKS; column < 32 * Tile::WARPS_OVER_COLUMNS;
-         column += Tile::THREADS / OUT_CHUNKS) {
-      const int pixel = first_pixel + column / 32 * Tile::WARP_COLUMNS + 32 * pass + column % 32;
-      if (pixel >= p.pixels || inside <= 0)
-        continue;
-      const float *from = staged + column * PITCH + feature - first_feature;
-      if (p.splits > 1) {
-        auto *to = reinterpret_cast<float *>(p.out) + (int64_t(split) * p.pixels + pixel) * p.groups * p.features +
-                   out_feature;
-        if (p.vector_out && inside == E::IN_CHUNK) {
+  }
+
+  // A chunk of features of a pixel, of which `inside` are there, as this split's share of them.
+  __device__ void store_share(const float *from, int pixel, int feature, int inside) const {
+    auto *to = reinterpret_cast<float *>(p_.out) + (int64_t(split_) * p_.pixels + pixel) * p_.groups * p_.features +
+               int64_t(group_) * p_.features + feature;
+    if (p_.vector_out && inside == E::IN_CHUNK) {
 #pragma unroll
-          for (int e = 0; e < E::IN_CHUNK; e += 4)
-            *reinterpret_cast<float4 *>(to + e) = *reinterpret_cast<const float4 *>(from + e);
-        } else {
-          for (int e = 0; e < inside; ++e)
-            to[e] = from[e];
-        }
-        continue;
-      }
-      auto *to = reinterpret_cast<T *>(p.out) + Place::out_offset(g, p.out_strides, pixel);
-      if (p.vector_out && inside == E::IN_CHUNK) {
-        uint32_t packed[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int e = r * E::IN_REGISTER, f = e + E::IN_REGISTER - 1;
-          packed[r] = pack<T>({from[e] + bias[e], from[f] + bias[f]});
-        }
-        *reinterpret_cast<uint4 *>(to + out_feature) = {packed[0], packed[1], packed[2], packed[3]};
-      } else {
-        for (int e = 0; e < inside; ++e)
-          to[(out_feature + e) * p.out_strides[1]] = rounded<T>(from[e] + bias[e]);
-      }
+      for (int e = 0; e < E::IN_CHUNK; e += 4)
+        *reinterpret_cast<float4 *>(to + e) = *reinterpret_cast<const float4 *>(from + e);
+    } else {
+      for (int e = 0; e < inside; ++e)
+        to[e] = from[e];
     }
   }
-}
 
-// One thread for each IN_CHUNK features of a pixel.
-template <class T, class Place> __device__ void reduce_product(const ProductReduction &r) {
-  const Product &p = r.product;
-  const int64_t features = int64_t(p.groups) * p.features, size = p.pixels * features;
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < size; at += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t pixel = at / features, feature = at % features;
-    float sum = 0.0f;
-    for (int split = 0; split < p.splits; ++split)
-      sum += reinterpret_cast<const float *>(r.partial)[split * size + at];
-    if (p.biases[0] != 0)
-      sum += mixed_bias<T>(p, feature);
-    reinterpret_cast<T *>(
-        p.out)[Place::out_offset(p.geometry, p.out_strides, int(pixel)) + feature * p.out_strides[1]] = rounded<T>(sum);
+  // A chunk alike, as the result.
+  __device__ void store(const float *from, const float (&bias)[E::IN_CHUNK], int pixel, int feature, int inside) const {
+    const int64_t out_feature = int64_t(group_) * p_.features + feature;
+    auto *to = reinterpret_cast<T *>(p_.out) + Addressing::out_offset(p_.correlation, p_.out_strides, pixel);
+    if (p_.vector_out && inside == E::IN_CHUNK) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int e = r * E::IN_REGISTER, f = e + E::IN_REGISTER - 1;
+        packed[r] = pack<T>({from[e] + bias[e], from[f] + bias[f]});
+      }
+      *reinterpret_cast<uint4 *>(to + out_feature) = {packed[0], packed[1], packed[2], packed[3]};
+    } else {
+      for (int e = 0; e < inside; ++e)
+        to[(out_feature + e) * p_.out_strides[1]] = rounded<T>(from[e] + bias[e]);
+    }
   }
-}
+};
 
-} // namespace rl_kernels
+// The sum of the splits' shares, and the bias: a feature of a pixel a thread.
+template <class T, class Addressing> class ProductReductionKernel {
+public:
+  using Params = ProductReduction;
+  static constexpr int MAX_THREADS = 256;
+  static constexpr LaunchFacts FACTS = {.threads = MAX_THREADS};
+
+  static __device__ void run(const ProductReduction &r) {
+    const Product &p = r.product;
+    const int64_t features = int64_t(p.groups) * p.features, size = p.pixels * features;
+    const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+    for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < size; at += threads) {
+      const int64_t pixel = at / features, feature = at % features;
+      float sum = 0.0f;
+      for (int split = 0; split < p.splits; ++split)
+        sum += reinterpret_cast<const float *>(r.partial)[split * size + at];
+      if (p.biases[0] != 0)
+        sum += mixed_bias<T>(p, feature);
+      T *out = reinterpret_cast<T *>(p.out) + Addressing::out_offset(p.correlation, p.out_strides, int(pixel));
+      out[feature * p.out_strides[1]] = rounded<T>(sum);
+    }
+  }
+};
+
+} // namespace rl_kernels::cuda

@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-namespace rl_kernels::ptx {
+namespace rl_kernels::cuda::ptx {
 
 // The address that instructions on shared memory take.
 __device__ inline uint32_t shared_address(const void *pointer) {
@@ -89,4 +89,4 @@ __device__ inline void ld_global_nc(uint32_t (&to)[4], const void *from) {
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
 }
 
-} // namespace rl_kernels::ptx
+} // namespace rl_kernels::cuda::ptx

@@ -5,15 +5,30 @@
 #include <cstddef>
 #include <vector>
 
-namespace rl_kernels {
+namespace rl_kernels::cuda {
+
+// What the host has to know of a kernel to launch it; 0 for what it does not have. The kernels of configs.py in
+// rl_kernels/backends/cuda are these, and a test holds the two equal.
+struct LaunchFacts {
+  int threads = 0;        // of a block
+  int rows = 0;           // of the result, that a block computes
+  int columns = 0;        // of the result, that a block computes
+  int depth_bytes = 0;    // of a row along the sum, that a step takes
+  int stage_bytes = 0;    // of shared memory, for each stage of the pipeline
+  int source_bytes = 0;   // of shared memory, for each stage and source
+  int step_bytes = 0;     // of shared memory, for each step of the sum, in a kernel that keeps them all
+  int epilogue_bytes = 0; // of shared memory, for results on their way out
+  int kept_bytes = 0;     // of shared memory that the kernel declares itself, beside what it is launched with
+};
 
 struct Kernel {
   const char *name;         // the entry's name in PTX
   const void *function;     // what cudaLaunchKernel takes
   std::size_t params_bytes; // of the struct that is its only parameter
+  LaunchFacts facts;
 };
 
-// Of every object file in the module, in no particular order.
+// Those of every object file in the module, in no particular order.
 inline std::vector<Kernel> &registered_kernels() {
   static std::vector<Kernel> kernels; // a local: the objects below are made before any global could be relied on
   return kernels;
@@ -22,17 +37,22 @@ inline std::vector<Kernel> &registered_kernels() {
 // A static object of this class puts one kernel on the list while the module is loaded.
 class Registration {
 public:
-  Registration(const char *name, const void *function, std::size_t params_bytes) {
-    registered_kernels().push_back({name, function, params_bytes});
-  }
+  explicit Registration(const Kernel &kernel) { registered_kernels().push_back(kernel); }
 };
 
-} // namespace rl_kernels
+} // namespace rl_kernels::cuda
 
-// A kernel for blocks of at most `threads` threads, whose only parameter is the struct `p` of type Params, and whose
-// body is the rest: RL_KERNEL(double_f32, 128, Doubling, twice<float>(p)). At file scope outside any namespace: its
-// name is its entry's name in PTX. A type with a comma in its name needs an alias.
-#define RL_KERNEL(name, threads, Params, ...)                                                                          \
-  extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Params p) { __VA_ARGS__; }     \
-  static const ::rl_kernels::Registration registration_of_##name(#name, reinterpret_cast<const void *>(&name),         \
-                                                                 sizeof(Params))
+// Declares the kernel `name` that a class describes, which comes last, for it may have commas in its name:
+// RL_KERNEL(double_f32, Multiplying<float, 2>). The class has
+//   Params: the struct that is the kernel's only parameter,
+//   FACTS: its LaunchFacts,
+//   MAX_THREADS: how many threads registers are to suffice for; FACTS.threads or more,
+//   run(const Params &): its body.
+// Whatever namespace this stands in, `name` is the entry's name in PTX.
+#define RL_KERNEL(name, ...)                                                                                           \
+  extern "C" __global__ void __launch_bounds__((__VA_ARGS__::MAX_THREADS), 1)                                          \
+      name(const __grid_constant__ __VA_ARGS__::Params p) {                                                            \
+    __VA_ARGS__::run(p);                                                                                               \
+  }                                                                                                                    \
+  static const ::rl_kernels::cuda::Registration registration_of_##name(                                                \
+      {#name, reinterpret_cast<const void *>(&name), sizeof(__VA_ARGS__::Params), __VA_ARGS__::FACTS})

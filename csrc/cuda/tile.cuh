@@ -1,10 +1,10 @@
 // What the kernels for sm_80 and later have in common: tiles, their operands in shared memory, copies and the pipeline.
 #pragma once
 
+#include "addressing.cuh"
 #include "mix.cuh"
-#include "place.cuh"
 
-namespace rl_kernels {
+namespace rl_kernels::cuda {
 
 // A block's share of the result, rows of the first operand by columns of the second, and how its warps divide it.
 template <int ROWS_, int COLUMNS_, int WARPS_OVER_ROWS_, int WARPS_OVER_COLUMNS_> struct Tile {
@@ -22,9 +22,11 @@ template <int ROWS_, int COLUMNS_, int WARPS_OVER_ROWS_, int WARPS_OVER_COLUMNS_
 // An operand in shared memory whose rows run along the sum: WIDTH rows of 64 bytes, in which 16-byte chunks are swapped
 // so that 8 rows' equal chunks lie in different banks.
 template <class T, int WIDTH> struct DepthInner {
-  static constexpr int BYTES = WIDTH * 64;
+  static constexpr int BYTES = WIDTH * STEP_BYTES;
 
-  __device__ static int offset(int row, int chunk) { return row * 64 + ((chunk ^ (row >> 1)) & 3) * 16; }
+  __device__ static int offset(int row, int chunk) {
+    return row * STEP_BYTES + ((chunk ^ (row >> 1)) & 3) * CHUNK_BYTES;
+  }
 
   // The first operand of matrix instruction `step`: 16 rows from `first` on.
   __device__ static void first_operand(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
@@ -41,11 +43,11 @@ template <class T, int WIDTH> struct DepthInner {
 template <class T, int WIDTH> struct DepthOuter {
   static constexpr int ROW_BYTES = WIDTH * Element<T>::BYTES;
   static constexpr int BYTES = ROW_BYTES * Element<T>::TILE_DEPTH;
-  static_assert(ROW_BYTES >= 128, "a row has a chunk for each of the 8 places that it may be swapped to");
+  static_assert(ROW_BYTES >= 128, "a row has a chunk for each of the 8 that one may be swapped with");
 
   __device__ static int offset(int row, int chunk) {
     // Floats are read one at a time, of 4 rows by 2 chunks.
-    return row * ROW_BYTES + (chunk ^ (sizeof(T) == 2 ? row & 7 : (row & 3) << 1)) * 16;
+    return row * ROW_BYTES + (chunk ^ (sizeof(T) == 2 ? row & 7 : (row & 3) << 1)) * CHUNK_BYTES;
   }
 
   __device__ static void first_operand(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
@@ -143,4 +145,4 @@ __device__ inline void pipeline(int steps, int stages, Load load, Multiply multi
   __syncthreads(); // all that was copied was waited for; the epilogue uses the stages' memory
 }
 
-} // namespace rl_kernels
+} // namespace rl_kernels::cuda

@@ -1,4 +1,17 @@
-"""Whole models: plan which blocks are replaced, replace them, and merge them into plain layers again."""
+"""Whole models: plan which blocks are replaced, replace them, and merge them into plain layers again.
+
+How a plan comes about, top down:
+
+* ``planner.py``: ``plan()``. It checks its arguments (``options.py``, ``targets.py``) and fills in a ``Plan``
+  (``plans.py``: its data, its file, how it prints).
+* ``walk.py``: which blocks are due, and what stands against each; on ``blocks.py``: what a model is made of.
+* ``replacing.py``: ``replace()`` carries a plan out; ``merging.py``: ``merge()`` takes it back.
+* ``encoder_fast_path.py``: torch's own fast path for encoders, which reads weights past a replaced layer.
+* ``checkpoints.py``: plain checkpoints for replaced models.
+* ``zoo.py``: models by name, for the command ``plan``.
+
+Nothing here computes with weights but ``merging.py`` and the fit of coefficients.
+"""
 
 from rl_kernels.conversion.checkpoints import Loaded, load_plain_state_dict
 from rl_kernels.conversion.merging import merge

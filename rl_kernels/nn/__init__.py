@@ -1,4 +1,13 @@
-"""Replacement layers: drop-in layers whose weights are mixed from their neighbours'."""
+"""Replacement layers: drop-in layers whose weights are mixed from their neighbours'.
+
+* ``layer.py``: ``ReplacementLayer``, the base: how a layer refers to its sources, its options, and what a kind of layer
+  has to define.
+* ``coefficients.py``: the learnable coefficients, where they start, and the fit to a given weight.
+* ``linear.py``, ``conv.py``, ``attention.py``, ``norm.py``: one kind of layer each.
+* ``adapters.py``: what stands between a source and its parameters: parametrizations, hooks, other libraries' adapters.
+
+A layer holds no formula: it hands its sources' tensors to ``rl_kernels.functional``.
+"""
 
 from rl_kernels.nn.attention import ReplacementMultiheadAttention
 from rl_kernels.nn.coefficients import Coefficients

@@ -143,9 +143,8 @@ def _fake_wgrad(call: Call) -> Gradients:
     )
 
 
-def _flops_wgrad(
-    dy: Any, x: Any, weights: Any, c: Any, b: Any, weights_mask: Any, coefficients_mask: bool, *_: Any, **__: Any
-) -> int:
+def _flops_wgrad(dy: Any, x: Any, weights: Any, *rest: Any, **__: Any) -> int:
+    _, _, weights_mask, coefficients_mask, *_ = rest
     if not (coefficients_mask or any(weights_mask)):
         return 0
     return conv_flop_count(x, weights[0], dy, transposed=False)

@@ -74,9 +74,8 @@ def _fake_wgrad(call: Call) -> Gradients:
     return empty_gradients(lambda weight: weight.new_empty(weight.shape), call.recipe, call.wanted)
 
 
-def _flops_wgrad(
-    dy: Any, x: Any, weights: Any, c: Any, b: Any, weights_mask: Any, coefficients_mask: bool, *_: Any, **__: Any
-) -> int:
+def _flops_wgrad(dy: Any, _x: Any, weights: Any, *rest: Any, **__: Any) -> int:
+    _, _, weights_mask, coefficients_mask, *_ = rest
     return _flops(dy, weights) if coefficients_mask or any(weights_mask) else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,8 +27,9 @@ def _nones(geometry: Geometry | None) -> tuple[None, ...]:
     return () if geometry is None else (None,) * len(geometry)
 
 
-def _save(ctx: Any, call: Call) -> None:
-    """Keep a call for its backward."""
+def _save(name: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    """Keep the call of an op for its backward."""
+    call = Call.of(name, inputs)
     weights, coefficients, biases = call.recipe
     x = () if call.x is None else (call.x,)
     ctx.save_for_backward(call.activation, *x, coefficients, *weights, *(biases or ()))
@@ -40,9 +42,6 @@ def _saved_recipe(ctx: Any, coefficients: Tensor, sources: Sequence[Tensor]) -> 
 
 def _register_forward(family: Family) -> None:
     name = family.forward.name
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, Call.of(name, inputs))
 
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, coefficients, *sources = ctx.saved_tensors
@@ -58,14 +57,11 @@ def _register_forward(family: Family) -> None:
         call = Call.of(name, arguments)
         return family.composite.forward(call.activation, call.recipe, call.geometry)
 
-    _register_op(name, backward, save, composite)
+    _register_op(name, backward, composite)
 
 
 def _register_dgrad(family: Family) -> None:
     name = family.dgrad.name
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, Call.of(name, inputs))
 
     def backward(ctx: Any, g: Tensor) -> Any:
         dy, coefficients, *weights = ctx.saved_tensors
@@ -80,14 +76,11 @@ def _register_dgrad(family: Family) -> None:
         weight = mix(call.recipe.weights, call.recipe.coefficients, call.activation.dtype)
         return family.composite.dgrad(call.activation, weight, call.input_size or (), call.geometry)
 
-    _register_op(name, backward, save, composite)
+    _register_op(name, backward, composite)
 
 
 def _register_wgrad(family: Family) -> None:
     name = family.wgrad.name
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, Call.of(name, inputs))
 
     def backward(
         ctx: Any,
@@ -123,18 +116,16 @@ def _register_wgrad(family: Family) -> None:
             [b.new_empty(0) if g is None else g for b, g in zip(biases or (), dbiases, strict=True)],
         )
 
-    _register_op(name, backward, save, composite)
+    _register_op(name, backward, composite)
 
 
-def _register_op(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., None], composite: Callable[..., Any]
-) -> None:
+def _register_op(name: str, backward: Callable[..., Any], composite: Callable[..., Any]) -> None:
     """As ``torch.library.register_autograd``, which loses the tangents of forward-mode AD without a word.
 
     A graph that was captured holds the op: what transforms it gets ``composite`` here.
     """
     op = OPS[name]
-    formula = make_autograd_impl(op.overload, Info(backward, setup_context))
+    formula = make_autograd_impl(op.overload, Info(backward, functools.partial(_save, name)))
 
     def run(keyset: Any, *arguments: Any) -> Any:
         if not is_transformed():

@@ -144,14 +144,14 @@ class _Waited(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any) -> Tensor:
+    def forward(_ctx: Any, x: Any) -> Tensor:
         from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
         waited: Tensor = x.wait() if isinstance(x, AsyncCollectiveTensor) else x
         return waited.view_as(waited)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(_ctx: Any, *gradients: Any) -> Any:
         return _Waited.apply(*gradients)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rl_kernels.backends import Case, cuda
-from rl_kernels.backends.cuda import configs, extension, params
+from rl_kernels.backends.case import Case
+from rl_kernels.backends.cuda import BACKEND, configs, extension, params
 from rl_kernels.backends.gpu.heuristics import A100, ADA, H100, Device, Work, shared_bytes
-from rl_kernels.ops import schema
-from rl_kernels.qualify.problems import Problem, arguments
+from rl_kernels.ops.schema import OPS
+from rl_kernels.ops.values import Call
+from rl_kernels.qualify.problems import Problem, make_call
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -49,7 +52,7 @@ def test_divisors_divide() -> None:
 
 @pytest.mark.parametrize("device", [A100, ADA, H100])
 @pytest.mark.parametrize("sources", [1, 2, 4])
-@pytest.mark.parametrize("dtype", configs.NAMES)
+@pytest.mark.parametrize("dtype", configs.ELEMENTS)
 def test_stages_fit_shared_memory(dtype: torch.dtype, sources: int, device: Device) -> None:
     size = dtype.itemsize
     work = Work(4096, 4096, 4096, sources * size, size, 0, 1.0)
@@ -70,88 +73,102 @@ def test_vectors_are_where_16_bytes_lie_together() -> None:
     assert not params.is_vector(image) and params.is_vector(image.to(memory_format=torch.channels_last))
 
 
-@pytest.mark.parametrize("op", schema.SCHEMAS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("problem", "dtype", "change", "expected"),
     [
         (Problem(4, 16, 16), BF16, {}, None),
-        (Problem(4, 16, 16, sources=5), BF16, {}, "at most 4 sources"),
-        (Problem(4, 16, 16, halved=True), BF16, {}, "sources of another type"),
-        (Problem(4, 16, 16), BF16, {"coefficients": torch.float64}, "coefficients in float32"),
-        (Problem(4, 16, 16), torch.float32, {"tf32": False}, "TF32 only"),
+        (Problem(4, 16, 16, sources=5), BF16, {}, "more than 4 sources"),
+        (Problem(4, 16, 16, halved=True), BF16, {}, "sources in float32 under bfloat16"),
+        (Problem(4, 16, 16), BF16, {"coefficients": torch.float64}, "coefficients in float64"),
+        (Problem(4, 16, 16), torch.float32, {"tf32": False}, "torch's switch for TF32 is off"),
         (Problem(4, 16, 16), torch.float32, {"tf32": True}, None),
     ],
 )
 def test_refusals(op: str, problem: Problem, dtype: torch.dtype, change: dict[str, Any], expected: str | None) -> None:
     if "conv" in op:
-        problem = Problem(**{**vars(problem), "kernel": (3, 3), "size": (5, 6)})
-    call = list(arguments(problem, op, dtype, CPU))
+        problem = dataclasses.replace(problem, kernel=(3, 3), size=(5, 6))
+    call = make_call(problem, op, dtype, CPU)
     if "coefficients" in change:
-        at = 3 if op.endswith("wgrad") else 2
-        call[at] = call[at].to(change["coefficients"])
+        recipe = call.recipe._replace(coefficients=call.recipe.coefficients.to(change["coefficients"]))
+        call = call._replace(recipe=recipe)
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, change.get("tf32", False)
     try:
         with torch.backends.cudnn.flags(allow_tf32=change.get("tf32", False)):
-            reason = cuda.refuses_call(op, call)
+            reason = BACKEND.why_not_call(call)
     finally:
         matmul.allow_tf32 = before
     assert reason is None if expected is None else expected in (reason or "")
 
 
-@pytest.mark.parametrize("op", [op for op in schema.SCHEMAS if "conv" in op])
+@pytest.mark.parametrize("op", [op for op in OPS if "conv" in op])
 def test_auto_takes_channels_last_convolutions_of_enough_channels(op: str) -> None:
     def said(**changes: Any) -> str | None:
-        problem = Problem(**{**vars(Problem(2, 16, 16, (3, 3), (5, 6), layout="channels_last")), **changes})
-        return cuda.automatic_call(op, arguments(problem, op, BF16, CPU))
+        problem = dataclasses.replace(Problem(2, 16, 16, (3, 3), (5, 6), layout="channels_last"), **changes)
+        return BACKEND.worse(Case(op, "cuda", BF16), make_call(problem, op, BF16, CPU))
 
     assert said() is None
-    assert "channels_last" in (said(layout="contiguous") or "")
-    assert "channels a group" in (said(out=1, within=1, groups=16) or "")
+    assert said(layout="contiguous") == "needs channels_last"
+    assert said(out=1, within=1, groups=16) == "fewer than 16 channels a group"
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "linear" in op])
+def test_auto_takes_sources_that_lie_by_rows(op: str) -> None:
+    call, case = make_call(Problem(4, 16, 16), op, BF16, CPU), Case(op, "cuda", BF16)
+    assert BACKEND.worse(case) is None and BACKEND.worse(case, call) is None
+    recipe = call.recipe._replace(weights=[weight.t().contiguous().t() for weight in call.recipe.weights])
+    assert BACKEND.worse(case, call._replace(recipe=recipe)) == "sources lie by columns"
 
 
 def test_cases() -> None:
-    assert cuda.refuses(Case("mixed_linear", "cpu", BF16)) == "runs on NVIDIA GPUs"
-    assert cuda.refuses(Case("mixed_linear", "cuda", torch.float64)) == "has no kernel for float64"
-    assert cuda.refuses(Case("mixed_linear", "cuda", BF16)) == extension.EXTENSION.missing
+    assert BACKEND.why_not(Case("mixed_linear", "cpu", BF16)) == "needs an NVIDIA GPU"
+    assert BACKEND.why_not(Case("mixed_linear", "cuda", torch.float64)) == "no kernel for float64"
+    assert BACKEND.why_not(Case("mixed_linear", "cuda", BF16)) == extension.EXTENSION.missing
 
 
-@pytest.mark.parametrize("op", schema.SCHEMAS)
+def test_a_record_is_bound_to_the_binary() -> None:
+    assert BACKEND.record is not None
+    module = extension.EXTENSION.module
+    assert [*BACKEND.record.files()] == ([] if module is None else [Path(module.__file__)])
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_qualification_runs_every_configuration(op: str) -> None:
-    (usual, _), *forced = cuda.variants(op, BF16)
+    (usual, _), *forced = BACKEND.variants(op, BF16)
     names = [name for name, _ in forced]
     table = configs.WGRADS if op.endswith("wgrad") else configs.PRODUCTS
     assert usual == "" and len({*names}) == len(names) == len(table) * len(configs.STAGES)
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, op: str, call: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """What an op would launch: kernel, grid, threads and bytes of shared memory."""
+def launches(monkeypatch: pytest.MonkeyPatch, call: Call) -> list[tuple[Any, ...]]:
+    """What a call would launch: kernel, grid, and bytes of shared memory."""
     found: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(extension, "launch", lambda op, *launch: found.append(launch[:4]))
-    cuda.kernels([op])[op](*call)
+    monkeypatch.setattr(extension, "launch", lambda _, *launch: found.append(launch[:3]))
+    BACKEND.kernel(call.op)(*call.operands)
     return found
 
 
 @pytest.mark.parametrize("way", ["", "_dgrad"])
 def test_the_kernel_that_is_chosen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def first(op: str, problem: Problem) -> str:
-        return str(launches(monkeypatch, op + way, arguments(problem, op + way, BF16, CPU))[0][0])
+        return str(launches(monkeypatch, make_call(problem, op + way, BF16, CPU))[0][0])
 
     kind = "dgrad" if way else "forward"
-    assert first("mixed_linear", Problem(8, 64, 64)) == f"small_{kind}_pair_8_bf16"
-    assert first("mixed_linear", Problem(16, 64, 64, sources=3)) == f"small_{kind}_general_16_bf16"
+    assert first("mixed_linear", Problem(8, 64, 64)) == f"skinny_{kind}_pair_8_bf16"
+    assert first("mixed_linear", Problem(16, 64, 64, sources=3)) == f"skinny_{kind}_general_16_bf16"
     assert first("mixed_linear", Problem(17, 64, 64)).startswith(f"linear_{kind}_pair_")
     assert first("mixed_linear", Problem(2048, 2048, 512)) == f"linear_{kind}_pair_128x256_bf16"
     layer = Problem(64, 32, 32, (3, 3), (56, 56), padding=1, layout="channels_last", biased=False)
     assert first("mixed_conv", layer) == f"resident_{kind}_pair_32_bf16"
-    assert first("mixed_conv", Problem(**{**vars(layer), "batch": 1})).startswith(f"conv_{kind}_pair_")
-    assert first("mixed_conv", Problem(**{**vars(layer), "kernel": (1, 1), "padding": 0})).startswith(f"linear_{kind}")
+    assert first("mixed_conv", dataclasses.replace(layer, batch=1)).startswith(f"conv_{kind}_pair_")
+    assert first("mixed_conv", dataclasses.replace(layer, kernel=(1, 1), padding=0)).startswith(f"linear_{kind}")
 
 
 @pytest.mark.parametrize("op", ["mixed_linear", "mixed_linear_dgrad"])
 def test_few_tokens_fill_the_device_once(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (_, (x, y, splits), threads, shared), reduction = launches(
-        monkeypatch, op, arguments(Problem(4, 1024, 1024), op, BF16, CPU)
-    )
-    assert y == 1 and threads == 256 and shared == 0 and splits > 1 and x * splits <= 2 * H100.multiprocessors
+    call = make_call(Problem(4, 1024, 1024), op, BF16, CPU)
+    (kernel, (x, y, splits), shared), reduction = launches(monkeypatch, call)
+    assert configs.KERNELS[kernel].threads == 256
+    assert y == 1 and shared == 0 and splits > 1 and x * splits <= 2 * H100.multiprocessors
     assert reduction[0] == "linear_reduce_bf16"

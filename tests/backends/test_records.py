@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl_kernels.backends import record_store as gates
-from rl_kernels.backends import records, streamed
-from rl_kernels.backends.record_store import Gate
-from rl_kernels.backends.records import NO_RECORD, Here, Point, Record, Verdict, decide, describe, nearest, why_refused
+from rl_kernels.backends import Case, record_store, records, streamed
+from rl_kernels.backends.record_store import RecordStore
+from rl_kernels.backends.records import NO_RECORD, Here, Point, Record, Verdict, describe, nearest, why_stale, why_worse
 from rl_kernels.ops.schema import OPS
+from rl_kernels.ops.values import Call, Recipe
 
 OP, CPU = "mixed_linear", torch.device("cpu")
+CASE = Case(OP, "cpu", torch.float32)
 HERE = Here("sm_90", 13000, "triton 3.8", "abc")
 
 
@@ -33,7 +34,7 @@ def record(*points: Point, passed: bool = True, **changes: object) -> Record:
 
 
 def decision(tokens: int, found: Record | None, kind: str = "linear") -> str | None:
-    return decide(OP, "float32", kind, (tokens, 768, 768), found)
+    return why_worse(OP, "float32", kind, (tokens, 768, 768), found)
 
 
 def test_the_nearest_measured_size_decides() -> None:
@@ -62,7 +63,7 @@ def test_what_is_not_right_is_not_used() -> None:
     assert decision(1, record(point(1, 0.5), passed=False)) == (
         "failed its qualification: default configuration: y: RMS ratio 9.00"
     )
-    assert decide(OP, "bfloat16", "linear", (1, 1, 1), record()) == "not qualified: the record does not have it"
+    assert why_worse(OP, "bfloat16", "linear", (1, 1, 1), record()) == "not qualified: the record does not have it"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_what_is_not_right_is_not_used() -> None:
     ids=str,
 )
 def test_what_a_record_has_to_fit(changes: dict[str, object], reason: str | None) -> None:
-    assert why_refused(record(**changes), HERE) == reason
+    assert why_stale(record(**changes), HERE) == reason
 
 
 def test_a_record_survives_its_file() -> None:
@@ -99,7 +100,7 @@ def test_calls_are_described_alike_whatever_the_op() -> None:
         "mixed_linear_dgrad": (dy, [weight], None),
         "mixed_linear_wgrad": (dy, x, [weight], None, None, *masks),
     }.items():
-        assert describe(op, arguments) == ("linear", (6, 5, 8))
+        assert describe(Call.of(op, arguments)) == ("linear", (6, 5, 8))
     x, weight = torch.empty(2, 8, 9, 9).to(memory_format=torch.channels_last), torch.empty(6, 4, 3, 3)
     dy = torch.empty(2, 6, 5, 5).to(memory_format=torch.channels_last)
     geometry = ([2, 2], [1, 1], [1, 1], 2)
@@ -108,9 +109,9 @@ def test_calls_are_described_alike_whatever_the_op() -> None:
         "mixed_conv_dgrad": (dy, [weight], None, [*x.shape], *geometry),
         "mixed_conv_wgrad": (dy, x, [weight], None, None, *masks, *geometry),
     }.items():
-        assert describe(op, arguments) == ("grouped channels_last strided", (50, 3, 4, 9, 2))
-    one = ([1], [0], [1])
-    assert describe("mixed_conv", (torch.empty(1, 6, 4), [torch.empty(6, 1, 1)], None, None, *one, 6)) == (
+        assert describe(Call.of(op, arguments)) == ("grouped channels_last strided", (50, 3, 4, 9, 2))
+    arguments = (torch.empty(1, 6, 4), [torch.empty(6, 1, 1)], None, None, [1], [0], [1], 6)
+    assert describe(Call.of("mixed_conv", arguments)) == (
         "depthwise contiguous",
         (4, 1, 1, 1, 6),
     )
@@ -122,70 +123,71 @@ def test_calls_are_described_alike_whatever_the_op() -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of the user's own records, and one of committed ones beside it."""
-    monkeypatch.setenv(gates.CACHE_VARIABLE, str(tmp_path / "own"))
-    monkeypatch.setattr(gates, "COMMITTED", tmp_path / "committed")
+    monkeypatch.setenv(record_store.CACHE_VARIABLE, str(tmp_path / "own"))
+    monkeypatch.setattr(record_store, "COMMITTED", tmp_path / "committed")
     for folder in ("own", "committed"):
         (tmp_path / folder).mkdir()
     yield tmp_path / "own"
-    gates.forget()
+    record_store.forget()
 
 
-def planted(needed: bool = True) -> Gate:
-    return Gate("planted", needed, files=lambda: [Path(streamed.__file__)])
+def planted(needed: bool = True) -> RecordStore:
+    return RecordStore("planted", needed, files=lambda: [Path(streamed.__file__)])
 
 
-def put(folder: Path, found: Record, gate: Gate, **changes: object) -> Path:
+def put(folder: Path, found: Record, store: RecordStore, **changes: object) -> Path:
     """Write ``found`` as a record of this machine, but for ``changes``."""
-    path = folder / gates.file_name("planted", gates.architecture(CPU))
-    path.write_text(replace(found, **(gate.here(CPU)._asdict() | changes)).as_json())  # type: ignore[arg-type]
-    gates.forget()
+    path = folder / record_store.file_name("planted", record_store.architecture(CPU))
+    path.write_text(replace(found, **(store.here(CPU)._asdict() | changes)).as_json())  # type: ignore[arg-type]
+    record_store.forget()
     return path
 
 
 def test_without_a_record(cache: Path) -> None:
-    assert planted().refuses(OP, "cpu", torch.float32) == NO_RECORD
-    assert planted(needed=False).refuses(OP, "cpu", torch.float32) is None
+    assert planted().worse(CASE) == NO_RECORD
+    assert planted(needed=False).worse(CASE) is None
 
 
 def test_the_users_record_beats_a_committed_one(cache: Path) -> None:
-    gate = planted()
-    put(cache.parent / "committed", record(point(1, 0.5)), gate)
-    assert gate.refuses(OP, "cpu", torch.float32) is None
-    put(cache, record(passed=False), gate)
-    reason = gate.refuses(OP, "cpu", torch.float32)
+    store = planted()
+    put(cache.parent / "committed", record(point(1, 0.5)), store)
+    assert store.worse(CASE) is None
+    put(cache, record(passed=False), store)
+    reason = store.worse(CASE)
     assert reason is not None and reason.startswith("failed its qualification")
-    put(cache, record(passed=False), gate, sources="older")
-    assert gate.refuses(OP, "cpu", torch.float32) is None, "a record that does not fit hides one that does"
+    put(cache, record(passed=False), store, sources="older")
+    assert store.worse(CASE) is None, "a record that does not fit hides one that does"
 
 
 def test_a_record_of_other_sources_says_so(cache: Path) -> None:
-    gate = planted()
-    put(cache, record(point(1, 0.5)), gate, sources="other")
-    reason = gate.refuses(OP, "cpu", torch.float32)
+    store = planted()
+    put(cache, record(point(1, 0.5)), store, sources="other")
+    reason = store.worse(CASE)
     assert reason == "not qualified: the record is of other kernel sources; run python -m rl_kernels qualify"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"schema": 1}', '{"schema": 1, "points": 3, "verdicts": []}'])
 def test_a_broken_file_is_named_and_passed_over(cache: Path, text: str) -> None:
-    gate = planted()
-    path = put(cache, record(point(1, 0.5)), gate)
+    store = planted()
+    path = put(cache, record(point(1, 0.5)), store)
     path.write_text(text)
     with pytest.warns(UserWarning, match=f"{path.name}: cannot be read as a record"):
-        assert gate.refuses(OP, "cpu", torch.float32) == NO_RECORD
+        assert store.worse(CASE) == NO_RECORD
 
 
-def test_a_gate_decides_by_the_calls_sizes(cache: Path) -> None:
+def test_a_record_decides_by_the_calls_sizes(cache: Path) -> None:
     points = (point(1, 1.5), point(64, 0.5))
-    calls = {tokens: (torch.empty(tokens, 768), [torch.empty(768, 768)]) for tokens in (1, 64)}
+    recipe = Recipe([torch.empty(768, 768)], torch.empty(1))
+    calls = {tokens: Call(OP, torch.empty(tokens, 768), recipe) for tokens in (1, 64)}
     for needed in (True, False):
-        gate = planted(needed)
-        put(cache, record(*points), gate)
-        assert gate.refuses(OP, "cpu", torch.float32) is None
-        assert gate.refuses_call(OP, calls[64]) is None
-        assert gate.refuses_call(OP, calls[1]) == "slower than streamed at the nearest measured size (x1.50)"
-        assert gate.lost(OP, "cpu", torch.float32) == "not near 1 of 2 measured sizes, where a rival was faster"
-        put(cache, record(points[0]), gate)
-        assert gate.refuses(OP, "cpu", torch.float32) == "slower than streamed at every measured size (x1.50 at best)"
+        store = planted(needed)
+        put(cache, record(*points), store)
+        assert store.worse(CASE) is None
+        assert store.worse(CASE, calls[64]) is None
+        assert store.worse(CASE, calls[1]) == "slower than streamed at the nearest measured size (x1.50)"
+        assert store.lost(CASE) == "not near 1 of 2 measured sizes, where a rival was faster"
+        put(cache, record(points[0]), store)
+        assert store.worse(CASE) == "slower than streamed at every measured size (x1.50 at best)"
 
 
 def test_what_a_record_is_silent_on(cache: Path) -> None:
@@ -193,16 +195,16 @@ def test_what_a_record_is_silent_on(cache: Path) -> None:
         (True, ("not measured", "not qualified: the record does not have it")),
         (False, (None,) * 2),
     ):
-        gate = planted(needed)
-        put(cache, record(), gate)
-        assert gate.refuses(OP, "cpu", torch.float32) == reasons[0]
-        assert gate.refuses(OP, "cpu", torch.float16) == reasons[1]
+        store = planted(needed)
+        put(cache, record(), store)
+        assert store.worse(CASE) == reasons[0]
+        assert store.worse(Case(OP, "cpu", torch.float16)) == reasons[1]
 
 
 def test_nothing_is_read_at_import() -> None:
     program = (
-        "import rl_kernels as rl, torch; from rl_kernels.backends import gate\n"
-        "assert gate.find.cache_info().currsize == 0\n"
+        "import rl_kernels as rl, torch; from rl_kernels.backends import record_store\n"
+        "assert record_store.find.cache_info().currsize == 0\n"
         "rl.functional.mixed_linear(torch.ones(2, 3), (torch.ones(4, 3),), (1.0,))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import measure
 from benchmarks.contenders import Contender
-from benchmarks.measure import Clock, Settings, extra_memory, quantile, ratios, summary, time_interleaved
+from benchmarks.measure import Settings, extra_memory, quantile, ratios, summary, time_interleaved
+from rl_kernels.testing import Clock
+from rl_kernels.testing import clock as clock_module
 
 
 def settings(**changes: object) -> Settings:
@@ -24,7 +25,7 @@ def settings(**changes: object) -> Settings:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """A clock that a test sets by hand."""
     now = [0.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock_module.time, "perf_counter", lambda: now[0])
     yield now
 
 
@@ -78,7 +79,7 @@ def test_eviction_is_before_every_call_and_not_timed(clock: list[float], monkeyp
 
 
 def test_eviction_reads_more_than_the_last_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "last_level_cache", lambda device: 40 << 20)
+    monkeypatch.setattr(clock_module, "last_level_cache", lambda device: 40 << 20)
     clock = Clock("cpu", cold=True)
     clock.evict()
     assert clock._buffer is not None and clock._buffer.nbytes == 80 << 20

@@ -13,6 +13,8 @@ from torch import nn
 
 import rl_kernels as rl
 from rl_kernels.__main__ import main
+from rl_kernels.commands import plan
+from rl_kernels.conversion import zoo
 from tests.conversion.toys import ResNet, ViT
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rl_kernels import functional as F
 from rl_kernels._extension import EXTENSION, mixed_conv_call, mixed_linear_call
-from rl_kernels.backends import selection
+from rl_kernels.backends.cpu import fast_path
 
 KINDS = ("linear", "conv")
 GEOMETRY = {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}
@@ -25,7 +25,7 @@ def off_the_fast_path() -> Iterator[None]:
     try:
         yield
     finally:
-        selection._tell()
+        fast_path.tell()
 
 
 @dataclass(frozen=True)

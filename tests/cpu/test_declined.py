@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rl_kernels as rl
 from rl_kernels import functional as F
 from rl_kernels._extension import EXTENSION
-from rl_kernels.backends import cpu
+from rl_kernels.backends import Case, cpu
 from rl_kernels.backends.selection import CannotServe
+from rl_kernels.ops import values
+from rl_kernels.ops.values import Geometry, Recipe
 from rl_kernels.ops.ways import plain_torch
 from tests.cpu.common import KINDS, Call, make
 from tests.ops.test_errors import CASES
@@ -177,7 +179,7 @@ def too_many(n: int = 40) -> tuple[Tensor, list[Tensor], Tensor]:
 
 def test_a_refused_call() -> None:
     x, weights, coefficients = too_many()
-    reason = EXTENSION.module.refuses_linear(x, weights)
+    reason = EXTENSION.module.why_not_linear(x, weights)
     assert reason is not None
     with pytest.raises(CannotServe, match=f"'cpu' cannot serve mixed_linear .*: {reason}"):
         F.mixed_linear(x, weights, coefficients)
@@ -209,12 +211,12 @@ def test_a_call_on_which_another_backend_is_faster() -> None:
     ):
         x = torch.randn(2, channels, size, size, generator=generator)
         weights = [torch.randn(channels, channels // groups, kernel, kernel, generator=generator) for _ in range(2)]
-        geometry = {"stride": 1, "padding": 0, "dilation": dilation, "groups": groups}
-        call = Call("conv", x, weights, torch.tensor([0.5, 0.25]), None, geometry)
-        lists = [[1, 1], [0, 0], [dilation, dilation], groups]
-        arguments = (x, weights, call.coefficients, None, *lists)
-        slower = cpu.slower("mixed_conv", arguments) is not None
-        assert cpu.refuses_call("mixed_conv", arguments) is None
+        options = {"stride": 1, "padding": 0, "dilation": dilation, "groups": groups}
+        call = Call("conv", x, weights, torch.tensor([0.5, 0.25]), None, options)
+        geometry = Geometry([1, 1], [0, 0], [dilation, dilation], groups)
+        asked = values.Call("mixed_conv", x, Recipe(weights, call.coefficients), geometry)
+        slower = cpu.BACKEND.worse(Case("mixed_conv", "cpu", x.dtype), asked) is not None
+        assert cpu.BACKEND.why_not_call(asked) is None
         forced = call.fast()
         assert forced is not None
         with rl.use_backend("auto"):

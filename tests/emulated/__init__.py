@@ -1,8 +1,7 @@
-"""Executes the PTX of compiled kernels on a CPU, with warps and asynchronous work in an order that a seed determines.
+"""Compiled kernels, executed on a CPU by the interpreter in ``machine``.
 
-launch.py is what tests call, backend.py what the CUDA backend's do; ptx.py parses, instructions.py decodes by the
-families in arithmetic.py, transfers.py, control.py and matrix.py, and for sm_90 in hopper.py, mbarrier.py, tma.py and
-wgmma.py; machine.py executes, and memory.py reports what an access does wrong as a ``Fault``.
+``backend.py`` runs the CUDA backend so, ``problems.py`` has its calls and ``exact.py`` what they should give;
+``compilers.py`` runs nvcc.
 
 Not seen: the order of plain accesses that hardware may change, what ptxas does, and time. What passes is right as PTX.
 """

@@ -7,13 +7,13 @@ import ctypes
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from torch import Tensor
 
 from building.cuda import ELEMENTS, SOURCES
-from rl_kernels.backends.cuda import extension
+from rl_kernels.backends.cuda import configs, extension
 from tests.emulated.compilers import compiled_files
 from tests.emulated.machine.launch import Buffer, run
 from tests.emulated.machine.memory import GLOBAL
@@ -29,7 +29,7 @@ class Device:
         self.buffers: dict[int, Buffer] = {}
 
     def address(self, tensor: Tensor) -> int:
-        """The same for a storage as long as this lives; what is between a tensor's elements stays outside."""
+        """A tensor's, which for a storage stays as long as this lives; what is between its elements stays outside."""
         key = tensor.untyped_storage().data_ptr()
         if key not in self.buffers:
             self.buffers[key] = Buffer(tensor, GLOBAL + 1 + len(self.buffers))
@@ -68,19 +68,39 @@ def emulated(
         op: str,
         name: str,
         grid: tuple[int, int, int],
-        threads: int,
         shared_bytes: int,
         params: ctypes.Structure,
         operands: Sequence[Tensor],
     ) -> None:
         launched.append(name)
         text = ptx_of(name, arch, edit)
-        device.run(text, name, grid, (threads,), [bytes(params)], shared_bytes, seed + len(launched), late)
+        block = (configs.KERNELS[name].threads,)
+        device.run(text, name, grid, block, [bytes(params)], shared_bytes, seed + len(launched), late)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "launch", launch)
         patch.setattr(extension, "address", device.address)
         yield launched
+
+
+class Recorded(NamedTuple):
+    """A launch that was only recorded."""
+
+    op: str
+    kernel: str
+    grid: tuple[int, int, int]
+    shared_bytes: int
+    params: ctypes.Structure
+    operands: Sequence[Tensor]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Recorded]]:
+    """Inside, the CUDA backend takes tensors of the host, and launches nothing; yields what it would launch."""
+    launches: list[Recorded] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "launch", lambda *launch: launches.append(Recorded(*launch)))
+        yield launches
 
 
 @functools.cache
@@ -90,12 +110,13 @@ def ptx_of(name: str, arch: str, edit: Edit | None = None) -> str:
     files = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
     if edit is not None:
         file, old, new = edit
-        assert files[file].count(old) == 1, f"{file} has {old!r} {files[file].count(old)} times"
+        if files[file].count(old) != 1:  # No AssertionError: that is what a planted fault is caught by.
+            raise ValueError(f"{file} has {old!r} {files[file].count(old)} times")
         files[file] = files[file].replace(old, new)
         # The smallest tiles are enough to see it, and the others take longest to compile.
         listed = files["kernels_sm80.cuh"]
         files["kernels_sm80.cuh"] = re.sub(
-            r"^ *(PRODUCTS|WGRADS)\(layer, Place, 128.*\n", "", listed, flags=re.MULTILINE
+            r"^ *(PRODUCT|WGRAD)_KERNELS\(layer, Addressing, 128.*\n", "", listed, flags=re.MULTILINE
         )
     flags = "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", f"-DRL_ELEMENT={ELEMENTS[element]}"
     return compiled_files(files, main, arch, *flags)

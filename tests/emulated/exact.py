@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rl_kernels.backends import reference
+from rl_kernels.ops.values import Call, Gradients, Recipe, Wanted
 
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 1e-6}
 
@@ -29,49 +30,56 @@ def operand(tensor: Tensor) -> Tensor:
     return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
 
 
-def results(op: str, arguments: Sequence[Any]) -> list[Tensor]:
-    """Of an op, in float64 and in the order of its schema."""
-    if op.endswith("wgrad"):
-        return _wgrad(op, *arguments)
-    activation, weights, coefficients, *rest = arguments
-    weight = [operand(mixed(weights, coefficients))]
+def results(call: Call) -> list[Tensor]:
+    """What an op returns, in float64 and in the order of its schema, without what was not wanted."""
+    if call.wanted is not None:
+        return _wgrad(call, call.wanted)
+    weights, coefficients, biases = call.recipe
     one = torch.ones(1, dtype=torch.float64)
-    if not op.endswith("dgrad"):
-        rest[0] = rest[0] and [mixed(rest[0], coefficients).double()]
-    return [getattr(reference, op)(operand(activation), weight, one, *rest)]
+    bias = None if biases is None else [mixed(biases, coefficients).double()]
+    recipe = Recipe([operand(mixed(weights, coefficients))], one, bias)
+    return [_reference(call._replace(activation=operand(call.activation), recipe=recipe))]
 
 
-def _wgrad(op: str, dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
-    weights, coefficients, biases, weights_mask, coefficients_mask, biases_mask, *geometry = arguments
-    wide, factors = [weight.double() for weight in weights], coefficients.double()
-    masks = weights_mask, coefficients_mask, []
-    dweights, total, _ = getattr(reference, op)(operand(dy), operand(x), wide, factors, None, *masks, *geometry)
-    sums = dy.double().sum([0, *range(2, dy.dim())])
+def _wgrad(call: Call, wanted: Wanted) -> list[Tensor]:
+    weights, coefficients, biases = call.recipe
+    assert call.x is not None
+    recipe = Recipe([weight.double() for weight in weights], coefficients.double())
+    dy, x = operand(call.activation), operand(call.x)
+    gradients = _reference(
+        call._replace(activation=dy, x=x, recipe=recipe, wanted=wanted._replace(biases=[]), into=None)
+    )
+    total = gradients.coefficients
+    sums = call.activation.double().sum([0, *range(2, call.activation.dim())])
     for j, bias in enumerate(biases or ()):
-        if coefficients_mask:
+        if wanted.coefficients:
             terms = sums * bias.double()
-            total[j] += terms if coefficients.dim() == 2 else terms.sum()
-    dbiases = [sums * factor for factor, wanted in zip(factors, biases_mask, strict=False) if wanted]
-    gradients = [g for g, wanted in zip(dweights, weights_mask, strict=True) if wanted]
-    return [*gradients, *[total] * coefficients_mask, *dbiases]
+            total[j] += terms if call.recipe.per_channel else terms.sum()
+    dbiases = [sums * factor.double() for factor in coefficients] if biases is not None else []
+    return kept(Gradients(gradients.weights, total, dbiases), wanted)
 
 
-def assert_exact(op: str, arguments: Sequence[Any], found: Any) -> None:
+def _reference(call: Call) -> Any:
+    return reference.BACKEND.kernel(call.op)(*call.operands)
+
+
+def kept(gradients: Gradients, wanted: Wanted) -> list[Tensor]:
+    """Those that were wanted, in their order."""
+    weights, coefficients, biases = gradients
+    found = [gradient for gradient, want in zip(weights, wanted.weights, strict=True) if want]
+    found += [coefficients] * wanted.coefficients
+    return found + [gradient for gradient, want in zip(biases, wanted.biases, strict=True) if want]
+
+
+def assert_exact(call: Call, found: Any) -> None:
     """Every element of what an op returned is right but for the order of sums, and the rounding of the result."""
-    if op.endswith("wgrad"):
-        weights_mask, coefficients_mask, biases_mask = arguments[5:8]
-        dweights, dcoefficients, dbiases = found
-        found = [g for g, wanted in zip(dweights, weights_mask, strict=True) if wanted]
-        found += [dcoefficients] * coefficients_mask
-        found += [g for g, wanted in zip(dbiases, biases_mask, strict=True) if wanted]
-    else:
-        found = [found]
-    for one, other in zip(found, results(op, arguments), strict=True):
+    tensors = [found] if call.wanted is None else kept(found, call.wanted)
+    for one, other in zip(tensors, results(call), strict=True):
         assert_near(one, other)
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """The same, for one tensor."""
+    """Every element of a tensor is right but for the order of sums, and its rounding."""
     assert found.shape == expected.shape
     if found.numel():
         most = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 0.0

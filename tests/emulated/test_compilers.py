@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from tests.emulated.compilers import compiled
-from tests.emulated.machine.launch import Output, catching, run, run_triton
+from tests.emulated.machine.launch import Output, run
+from tests.emulated.machine.launch_triton import catching, run_triton
 
 SOURCE = Path(__file__).parent / "kernels.cu"
 RNG = np.random.default_rng(0)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
-from rl_kernels.backends.cuda import configs, conv, resident
-from rl_kernels.backends.gpu.heuristics import A100, Config, use_config
-from rl_kernels.qualify.problems import Problem, arguments
+from rl_kernels.backends.cuda import configs, resident
+from rl_kernels.backends.gpu.heuristics import A100, Config
+from rl_kernels.qualify.problems import Problem
 from tests.emulated.backend import emulated
-from tests.emulated.exact import assert_exact, assert_near, results
-from tests.emulated.problems import BF16, F16, SMALL, TF32, run
+from tests.emulated.exact import assert_exact
+from tests.emulated.problems import BF16, F16, SMALL, TF32, call_of, execute, run
 
 OPS = ("mixed_conv", "mixed_conv_dgrad", "mixed_conv_wgrad")
 
@@ -42,33 +40,6 @@ def test_odd_shapes_and_recipes(op: str, problem: Problem, dtype: torch.dtype) -
     run(op, problem, dtype)
 
 
-@pytest.mark.parametrize("wanted", [*itertools.product([False, True], repeat=3)])
-def test_every_combination_of_gradients(wanted: tuple[bool, ...]) -> None:
-    problem = Problem(1, 8, 16, (3, 3), (3, 4), padding=1, layout="channels_last", per_channel=wanted[0])
-    call = list(arguments(problem, OPS[2], F16, torch.device("cpu")))
-    call[5:8] = [*wanted[:2]], wanted[2], [*wanted[1:]]
-    with use_config(SMALL), emulated() as launched:
-        found = conv.mixed_conv_wgrad(*call)
-    assert_exact(OPS[2], call, found)
-    assert len(launched) == any(wanted), "a product that nothing asked for"
-
-
-@pytest.mark.parametrize("dtypes", [(BF16, None), (torch.float32, BF16), (None, torch.float32)])
-@pytest.mark.parametrize(("layout", "groups", "splits"), [("contiguous", 1, 1), ("channels_last", 2, 3)])
-def test_added_to_what_is_there(dtypes: tuple[torch.dtype | None, ...], layout: str, groups: int, splits: int) -> None:
-    """In the sources' type, or in float32, or one of them as ever."""
-    problem = Problem(2, 16, 24, (3, 3), (5, 6), groups=groups, padding=1, layout=layout)
-    call = arguments(problem, OPS[2], BF16, torch.device("cpu"))
-    shape = call[2][0].shape
-    into = [None if dtype is None else torch.randn(shape).to(dtype) for dtype in dtypes]
-    before = [torch.zeros(()) if place is None else place.double() for place in into]
-    with use_config(SMALL, splits), emulated():
-        found, *_ = conv.mixed_conv_wgrad(*call, into=into)
-    for one, place, old, gradient in zip(found, into, before, results(OPS[2], call), strict=False):
-        assert place is None or one is place
-        assert_near(one, old + gradient)
-
-
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("stages", configs.STAGES)
 @pytest.mark.parametrize("late", [False, True])
@@ -90,10 +61,10 @@ def test_few_channels_as_chosen(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """On a device so small that there are pixels enough for it."""
     monkeypatch.setattr(resident, "device_of", lambda device: A100._replace(multiprocessors=1, shared_bytes=60 << 10))
     problem = Problem(2, 24, 24, (3, 3), (16, 15), padding=1, layout="channels_last")
-    call = arguments(problem, op, BF16, torch.device("cpu"))
+    call = call_of(op, problem, BF16)
     with emulated() as launched:
-        found = getattr(conv, op)(*call)
-    assert_exact(op, call, found)
+        found = execute(call)
+    assert_exact(call, found)
     assert [name.split("_")[0] for name in launched] == ["resident"]
 
 

@@ -18,7 +18,7 @@ import rl_kernels as rl
 from building import cuda
 from rl_kernels import _extension
 from rl_kernels._extension import Extension
-from rl_kernels.backends.cuda import extension
+from rl_kernels.backends.cuda import configs, extension
 
 PROBE = """
 #include "registry.h"
@@ -29,14 +29,22 @@ struct Scaling {
   int count;
 };
 
-template <class Params> __device__ void scale(const Params &p) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i < p.count)
-    p.values[i] *= p.factor;
-}
+template <class T, int TIMES> struct Scale {
+  using Params = Scaling;
+  static constexpr int MAX_THREADS = 256;
+  static constexpr rl_kernels::cuda::LaunchFacts FACTS = {.threads = 128, .rows = TIMES, .kept_bytes = 7};
 
-RL_KERNEL(probe_scale, 128, Scaling, scale(p));
-RL_KERNEL(probe_scale_twice, 128, Scaling, scale(p); scale(p));
+  static __device__ void run(const Scaling &p) {
+    const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    for (int time = 0; time < TIMES && i < p.count; ++time)
+      p.values[i] *= T(p.factor);
+  }
+};
+
+RL_KERNEL(probe_scale, Scale<float, 1>);
+namespace anywhere {
+RL_KERNEL(probe_scale_twice, Scale<float, 2>);
+}
 """
 
 
@@ -73,7 +81,7 @@ def module(built: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def launch(name: str = "probe_scale", params: ctypes.Structure | None = None, shared_bytes: int = 0) -> None:
     operands = torch.empty(8, 4, device="cuda" if torch.cuda.is_available() else "cpu"), torch.empty(5, 4)
-    extension.launch("mixed_linear", name, (2, 1, 1), 128, shared_bytes, params or Scaling(), operands)
+    extension.launch("mixed_linear", name, (2, 1, 1), shared_bytes, params or Scaling(), operands)
 
 
 def test_the_package_loads_it_and_knows_what_it_is(built: Path) -> None:
@@ -87,7 +95,10 @@ print(json.dumps([extension.EXTENSION.module.kernels(), extension.build_info()])
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     kernels, info = json.loads(found.stdout)
-    assert kernels == dict.fromkeys(("probe_scale", "probe_scale_twice"), ctypes.sizeof(Scaling))
+    for name, times in (("probe_scale", 1), ("probe_scale_twice", 2)):
+        facts = configs.Facts(threads=128, rows=times, kept_bytes=7)
+        assert kernels[name] == {**facts._asdict(), "params_bytes": ctypes.sizeof(Scaling)}
+    assert len(kernels) == 2
     record = json.loads((built / extension.RECORD).read_text())
     assert info["architectures"] == record["architectures"] == "8.0+PTX" and info["nvcc"] == record["nvcc"]
     assert "ptxas info" in (built / "objects" / "probe.o.log").read_text()

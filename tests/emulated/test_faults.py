@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from tests.emulated.compilers import compiled
-from tests.emulated.machine.launch import Launched, Output, run, run_triton
+from tests.emulated.machine.launch import Output, run
+from tests.emulated.machine.launch_triton import Launched, run_triton
 from tests.emulated.machine.memory import Fault
 
 SOURCE = Path(__file__).parent / "kernels.cu"
@@ -155,13 +156,14 @@ def product() -> tuple[Launched, torch.Tensor]:
     """A launch of the linear product in three stages, and what is right in float64."""
     from rl_kernels.backends.gpu.heuristics import Config, use_config
     from rl_kernels.backends.triton import linear
-    from tests.emulated.machine.launch import catching
+    from rl_kernels.ops.values import Recipe
+    from tests.emulated.machine.launch_triton import catching
 
     torch.manual_seed(0)
     x, weights = torch.randn(20, 112).bfloat16(), [torch.randn(24, 112).bfloat16() for _ in range(2)]
     coefficients = torch.tensor([0.7, 0.3])
     with use_config(Config(32, 32, 32, 4, 3), 1), catching("sm_80") as caught:
-        linear.mixed_linear(x, weights, coefficients, None)
+        linear.mixed_linear(x, Recipe(weights, coefficients))
     mixed = weights[0].double() * 0.7 + weights[1].double() * 0.3
     return caught[0], x.double() @ mixed.T
 

@@ -1,7 +1,9 @@
 """The Triton kernels as they are compiled for sm_80, executed, against the reference in float64."""
 
+from __future__ import annotations
+
+import copy
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 from rl_kernels.backends import reference
 from rl_kernels.backends.gpu.heuristics import Config, use_config
 from rl_kernels.backends.triton import conv, linear, offline
-from tests.emulated.machine.launch import Launched, catching, run_triton
+from rl_kernels.ops.values import Geometry, Gradients, Recipe, Wanted
+from tests.emulated.machine.launch_triton import Launched, catching, run_triton
 
 TOLERANCE = {torch.float32: 3e-3, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 CONFIG = Config(32, 32, 32, 4, 3)
@@ -25,28 +28,37 @@ def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 class Problem:
-    """One layer's tensors."""
+    """One layer's recipe and input."""
 
     def __init__(
         self, shape: Sequence[int], activation: Sequence[int], dtype: torch.dtype, per_channel: bool, sources: int = 2
     ):
-        self.weights = [torch.randn(*shape).to(dtype) for _ in range(sources)]
-        self.biases = [torch.randn(shape[0]).to(dtype) for _ in range(sources)]
-        self.coefficients = torch.randn((sources, shape[0]) if per_channel else (sources,))
+        weights = [torch.randn(*shape).to(dtype) for _ in range(sources)]
+        biases = [torch.randn(shape[0]).to(dtype) for _ in range(sources)]
+        self.recipe = Recipe(weights, torch.randn((sources, shape[0]) if per_channel else (sources,)), biases)
         self.x = torch.randn(*activation).to(dtype)
 
-    @property
-    def sources(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        return self.weights, self.coefficients, self.biases
+    def without_biases(self) -> Problem:
+        """The problem of a layer that has none."""
+        other = copy.copy(self)
+        other.recipe = self.recipe._replace(biases=None)
+        return other
+
+    def lay_out(self, layout: torch.memory_format) -> None:
+        """Give the sources a memory format."""
+        weights = [weight.to(memory_format=layout) for weight in self.recipe.weights]
+        self.recipe = self.recipe._replace(weights=weights)
 
     @property
-    def wide(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        weights, biases = ([tensor.double() for tensor in tensors] for tensors in (self.weights, self.biases))
-        return weights, self.coefficients.double(), biases
+    def wide(self) -> Recipe:
+        """The recipe in float64."""
+        weights, coefficients, biases = self.recipe
+        wide_biases = None if biases is None else [bias.double() for bias in biases]
+        return Recipe([weight.double() for weight in weights], coefficients.double(), wide_biases)
 
 
-def flat(gradients: tuple[Sequence[Tensor], Tensor, Sequence[Tensor]]) -> list[Tensor]:
-    return [*gradients[0], gradients[1], *gradients[2]]
+def flat(gradients: Gradients) -> list[Tensor]:
+    return [*gradients.weights, gradients.coefficients, *gradients.biases]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +77,7 @@ def test_linear(shape: tuple[int, int, int], dtype: torch.dtype, per_channel: bo
     tokens, out, in_ = shape
     problem = Problem((out, in_), (tokens, in_), dtype, per_channel)
     dy = torch.randn(tokens, out).to(dtype)
-    masks = [True, True], True, [True, True]
+    wanted = Wanted([True, True], True, [True, True])
     launches: list[Launched] = []
 
     def execute(launched: Launched) -> None:
@@ -73,15 +85,15 @@ def test_linear(shape: tuple[int, int, int], dtype: torch.dtype, per_channel: bo
         run_triton(launched, seed=len(launches))
 
     with use_config(CONFIG, splits), offline.tf32(True), catching("sm_80", execute):
-        y = linear.mixed_linear(problem.x, *problem.sources)
-        dx = linear.mixed_linear_dgrad(dy, *problem.sources[:2])
-        gradients = linear.mixed_linear_wgrad(dy, problem.x, *problem.sources, *masks)
+        y = linear.mixed_linear(problem.x, problem.recipe)
+        dx = linear.mixed_linear_dgrad(dy, problem.without_biases().recipe)
+        gradients = linear.mixed_linear_wgrad(dy, problem.x, problem.recipe, wanted)
     if in_ % 16 == 0:
         assert "cp.async.cg" in launches[0].compiled.asm["ptx"], "the copies are not asynchronous: they test less"
     x, wide_dy = problem.x.double(), dy.double()
-    assert_close([y], [reference.mixed_linear(x, *problem.wide)])
-    assert_close([dx], [reference.mixed_linear_dgrad(wide_dy, *problem.wide[:2])])
-    assert_close(flat(gradients), flat(reference.mixed_linear_wgrad(wide_dy, x, *problem.wide, *masks)))
+    assert_close([y], [reference.mixed_linear(x, problem.wide)])
+    assert_close([dx], [reference.mixed_linear_dgrad(wide_dy, problem.wide)])
+    assert_close(flat(gradients), flat(reference.mixed_linear_wgrad(wide_dy, x, problem.wide, wanted)))
 
 
 @pytest.mark.parametrize(("channels", "groups", "channels_last"), [(32, 1, True), (20, 1, False), (16, 16, True)])
@@ -90,15 +102,15 @@ def test_conv(channels: int, groups: int, channels_last: bool) -> None:
     problem = Problem((channels, channels // groups, 3, 3), (2, channels, 5, 6), torch.bfloat16, False)
     x = problem.x.to(memory_format=layout)
     dy = torch.randn(2, channels, 5, 6).bfloat16().to(memory_format=layout)
-    problem.weights = [weight.to(memory_format=layout) for weight in problem.weights]
-    geometry: tuple[Any, ...] = [1, 1], [1, 1], [1, 1], groups
-    masks = [True, True], True, [True, True]
+    problem.lay_out(layout)
+    geometry = Geometry([1, 1], [1, 1], [1, 1], groups)
+    wanted = Wanted([True, True], True, [True, True])
     with use_config(CONFIG, 1), catching("sm_80", run_triton):
-        y = conv.mixed_conv(x, *problem.sources, *geometry)
-        dx = conv.mixed_conv_dgrad(dy, *problem.sources[:2], x.shape, *geometry)
-        gradients = conv.mixed_conv_wgrad(dy, x, *problem.sources, *masks, *geometry)
+        y = conv.mixed_conv(x, problem.recipe, geometry)
+        dx = conv.mixed_conv_dgrad(dy, problem.without_biases().recipe, x.shape, geometry)
+        gradients = conv.mixed_conv_wgrad(dy, x, problem.recipe, wanted, geometry)
     wide = x.double(), dy.double()
-    assert_close([y], [reference.mixed_conv(wide[0], *problem.wide, *geometry)])
-    assert_close([dx], [reference.mixed_conv_dgrad(wide[1], *problem.wide[:2], x.shape, *geometry)])
-    expected = reference.mixed_conv_wgrad(wide[1], wide[0], *problem.wide, *masks, *geometry)
+    assert_close([y], [reference.mixed_conv(wide[0], problem.wide, geometry)])
+    assert_close([dx], [reference.mixed_conv_dgrad(wide[1], problem.wide, x.shape, geometry)])
+    expected = reference.mixed_conv_wgrad(wide[1], wide[0], problem.wide, wanted, geometry)
     assert_close(flat(gradients), flat(expected))

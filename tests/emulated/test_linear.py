@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from rl_kernels.backends.cuda import configs, linear
+from rl_kernels.backends.cuda import configs
 from rl_kernels.backends.gpu.heuristics import Config, use_config
-from rl_kernels.qualify.problems import Problem, arguments
+from rl_kernels.qualify.problems import Problem
 from tests.emulated.backend import emulated
-from tests.emulated.exact import assert_exact, assert_near, results
-from tests.emulated.problems import BF16, F16, SMALL, TF32, run
+from tests.emulated.exact import assert_exact
+from tests.emulated.problems import BF16, F16, SMALL, TF32, call_of, execute, run
 
 OPS = ("mixed_linear", "mixed_linear_dgrad", "mixed_linear_wgrad")
 
@@ -72,37 +71,24 @@ def test_large_tiles(op: str, config: Config) -> None:
         run(op, Problem(33, 70, 40), TF32, config, late=None)
 
 
-@pytest.mark.parametrize("wanted", [*itertools.product([False, True], repeat=5)])
-def test_every_combination_of_gradients(wanted: tuple[bool, ...]) -> None:
-    first, second, coefficients, *biases = wanted
-    for per_channel in (False, True):
-        call = list(arguments(Problem(12, 20, 24, per_channel=per_channel), OPS[2], BF16, torch.device("cpu")))
-        call[5:8] = [first, second], coefficients, biases
-        with use_config(SMALL), emulated() as launched:
-            found = linear.mixed_linear_wgrad(*call)
-        assert_exact(OPS[2], call, found)
-        assert len(launched) == (first or second or coefficients), "a product that nothing asked for"
-
-
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("tokens", "kernel"), [(3, "small"), (17, "linear")])
+@pytest.mark.parametrize(("tokens", "kernel"), [(3, "skinny"), (17, "linear")])
 def test_as_chosen(op: str, tokens: int, kernel: str) -> None:
-    call = arguments(Problem(tokens, 70, 600), op, BF16, torch.device("cpu"))
+    call = call_of(op, Problem(tokens, 70, 600), BF16)
     with emulated() as launched:
-        found = getattr(linear, op)(*call)
-    assert_exact(op, call, found)
+        found = execute(call)
+    assert_exact(call, found)
     assert launched[0].startswith("linear_wgrad" if op.endswith("wgrad") else f"{kernel}_")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_coefficient_expanded_to_all_channels(op: str) -> None:
     """Their stride is 0, and each has a gradient of its own."""
-    call = list(arguments(Problem(12, 20, 24, per_channel=True), op, BF16, torch.device("cpu")))
-    at = 3 if op.endswith("wgrad") else 2
-    call[at] = call[at][:, :1].expand(-1, 20)
+    call = call_of(op, Problem(12, 20, 24, per_channel=True), BF16)
+    call = call._replace(recipe=call.recipe._replace(coefficients=call.recipe.coefficients[:, :1].expand(-1, 20)))
     with use_config(SMALL), emulated():
-        found = getattr(linear, op)(*call)
-    assert_exact(op, call, found)
+        found = execute(call)
+    assert_exact(call, found)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -114,32 +100,30 @@ def test_nothing(op: str, sizes: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("op", OPS[:2])
 def test_infinite_coefficients_stay_in_their_place(op: str, per_channel: bool) -> None:
-    call = list(arguments(Problem(9, 20, 37, per_channel=per_channel, biased=False), op, BF16, torch.device("cpu")))
-    call[1] = [weight.abs() + 0.1 for weight in call[1]]
-    call[0] = call[0].abs() + 0.1
-    call[2] = call[2].abs()
-    call[2][0] = torch.inf
+    call = call_of(op, Problem(9, 20, 37, per_channel=per_channel, biased=False), BF16)
+    for tensor in (call.activation, *call.recipe.weights):
+        tensor.abs_().add_(0.1)
+    call.recipe.coefficients.abs_()[0] = torch.inf
     with use_config(SMALL), emulated():
-        found = getattr(linear, op)(*call)
+        found = execute(call)
     assert found.isposinf().all(), "what lies past the sum's end is 0, and not 0 * inf"
 
 
 def rows_with_padding(op: str, **options: Any) -> None:
     """Rows that begin where 16 bytes may be copied and do not end there, and NaN between them."""
-    call = list(arguments(Problem(9, 21, 37), op, BF16, torch.device("cpu")))
+    call = call_of(op, Problem(9, 21, 37), BF16)
 
     def padded(value: torch.Tensor) -> torch.Tensor:
         wide = torch.full((value.shape[0], 48), torch.nan, dtype=value.dtype)
         wide[:, : value.shape[1]] = value
         return wide[:, : value.shape[1]]
 
-    call[0] = padded(call[0])
-    sources = 2 if op.endswith("wgrad") else 1
-    call[sources] = [padded(source) for source in call[sources]]
-    call[1] = padded(call[1]) if sources == 2 else call[1]
+    recipe = call.recipe._replace(weights=[padded(weight) for weight in call.recipe.weights])
+    x = None if call.x is None else padded(call.x)
+    call = call._replace(activation=padded(call.activation), recipe=recipe, x=x)
     with use_config(SMALL), emulated(**options):
-        found = getattr(linear, op)(*call)
-    assert_exact(op, call, found)
+        found = execute(call)
+    assert_exact(call, found)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -147,28 +131,14 @@ def test_rows_with_padding(op: str) -> None:
     rows_with_padding(op)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("out", [24, 21])
-@pytest.mark.parametrize("dtypes", [(BF16, BF16), (TF32, BF16), (TF32, None)], ids=str)
-def test_added_to_what_is_there(dtypes: tuple[torch.dtype, torch.dtype | None], out: int, splits: int) -> None:
-    """In the sources' type, or in float32, or one of them as ever."""
-    call = arguments(Problem(40, 18, out), OPS[2], BF16, torch.device("cpu"))
-    into = [None if dtype is None else torch.randn(18, out).to(dtype) for dtype in dtypes]
-    before = [torch.zeros(()) if place is None else place.double() for place in into]
-    with use_config(SMALL, splits), emulated():
-        found, *_ = linear.mixed_linear_wgrad(*call, into=into)
-    for one, place, old, gradient in zip(found, into, before, results(OPS[2], call), strict=False):
-        assert place is None or one is place
-        assert_near(one, old + gradient)
-
-
 def infinite_gradient(op: str, **options: Any) -> None:
     """An infinity in the last token stays in its output channel."""
-    call = arguments(Problem(20, 16, 24, biased=False), op, BF16, torch.device("cpu"))
-    call[0][-1, 3] = torch.inf
-    call[1].abs_().add_(0.1)
+    call = call_of(op, Problem(20, 16, 24, biased=False), BF16)
+    assert call.x is not None
+    call.activation[-1, 3] = torch.inf
+    call.x.abs_().add_(0.1)
     with use_config(SMALL), emulated(**options):
-        dweights, _, _ = linear.mixed_linear_wgrad(*call)
+        dweights, _, _ = execute(call)
     assert all(gradient[3].isinf().all() and gradient[:3].isfinite().all() for gradient in dweights)
 
 
@@ -177,11 +147,11 @@ def test_infinite_gradient() -> None:
 
 
 def test_the_same_bits_in_any_order() -> None:
-    call = arguments(Problem(70, 72, 96), OPS[2], BF16, torch.device("cpu"))
+    call = call_of(OPS[2], Problem(70, 72, 96), BF16)
     results = []
     for seed, late in ((0, False), (1, True), (2, None)):
         with use_config(SMALL, 2), emulated(seed, late):
-            dweights, dcoefficients, _ = linear.mixed_linear_wgrad(*call)
+            dweights, dcoefficients, _ = execute(call)
         results.append([*dweights, dcoefficients])
     for others in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from rl_kernels.backends.cuda import resident
 from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.gpu.convolution import Geometry, phases
+from rl_kernels.backends.gpu.convolution import Correlation, phases
 from rl_kernels.backends.gpu.heuristics import cdiv
-from rl_kernels.backends.gpu.operands import Recipe
-from rl_kernels.ops import shapes
+from rl_kernels.backends.gpu.operands import StridedRecipe
+from rl_kernels.ops.shapes import conv_output_size
+from rl_kernels.ops.values import Geometry, Recipe
 from tests.emulated.backend import Edit, emulated
 from tests.emulated.exact import assert_near, mixed, operand
 from tests.emulated.machine.memory import Fault
-from tests.emulated.test_small import BF16, F16, F32
+from tests.emulated.test_skinny import BF16, F16, F32
 
 LAYOUTS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -53,9 +54,9 @@ class Problem:
         self.coefficients = torch.randn((sources, out) if per_channel else (sources,))
         self.x = self.made(*x, dtype=dtype)
         every = len(taps)
-        self.stride, self.padding, self.dilation = [stride] * every, [padding] * every, [dilation] * every
-        self.groups, self.stages = groups, stages
-        spatial = shapes.conv_output_size(x[2:], taps, self.stride, self.padding, self.dilation)
+        self.geometry = Geometry([stride] * every, [padding] * every, [dilation] * every, groups)
+        self.stages = stages
+        spatial = conv_output_size(x[2:], taps, self.geometry)
         self.dy = self.made(x[0], out, *spatial, dtype=dtype)
 
     def made(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -65,38 +66,28 @@ class Problem:
 
     def forward(self, blocks: int = 2, **launch: Any) -> Tensor:
         y = torch.full_like(self.dy, torch.nan)
-        geometry = Geometry.of(self.x, y, self.weights[0], [-pad for pad in self.padding], self.dilation, self.stride)
-        recipe = Recipe(self.weights, self.coefficients)
-        self.multiply(y, self.x, recipe, self.biases, geometry, False, blocks, **launch)
+        correlation = Correlation.of_forward(self.x, y, self.weights[0], self.geometry)
+        recipe = StridedRecipe(Recipe(self.weights, self.coefficients, self.biases))
+        self.multiply(Product("mixed_conv", y, self.x, recipe, correlation, self.geometry.groups), blocks, **launch)
         return y
 
     def dgrad(self, blocks: int = 2, **launch: Any) -> Tensor:
         dx = torch.full_like(self.x, torch.nan)
-        for pixels, taps, shifts, steps in phases(self.weights[0].shape[2:], self.stride, self.padding, self.dilation):
+        for pixels, taps, shifts, steps in phases(self.weights[0].shape[2:], self.geometry):
             target = dx[(slice(None), slice(None), *pixels)]
             if target.numel() == 0:
                 continue
-            recipe = Recipe([weight[(slice(None), slice(None), *taps)] for weight in self.weights], self.coefficients)
-            geometry = Geometry.of(self.dy, target, recipe.weights[0], shifts, steps, [1] * len(steps))
-            self.multiply(target, self.dy, recipe, None, geometry, True, blocks, **launch)
+            weights = [weight[(slice(None), slice(None), *taps)] for weight in self.weights]
+            correlation = Correlation.of(self.dy, target, weights[0], shifts, steps, [1] * len(steps))
+            recipe, groups = StridedRecipe(Recipe(weights, self.coefficients)), self.geometry.groups
+            product = Product("mixed_conv_dgrad", target, self.dy, recipe, correlation, groups, transposed=True)
+            self.multiply(product, blocks, **launch)
         return dx
 
     def multiply(
-        self,
-        out: Tensor,
-        activation: Tensor,
-        recipe: Recipe,
-        biases: Sequence[Tensor] | None,
-        geometry: Geometry,
-        transposed: bool,
-        blocks: int,
-        seed: int = 0,
-        late: bool | None = None,
-        edit: Edit | None = None,
+        self, product: Product, blocks: int, seed: int = 0, late: bool | None = None, edit: Edit | None = None
     ) -> None:
-        op = "mixed_conv_dgrad" if transposed else "mixed_conv"
         with emulated(seed, late, edit) as launched:
-            product = Product(op, out, activation, recipe, biases, geometry, self.groups, transposed)
             resident.multiply(product, resident.Plan(blocks, self.stages))
         assert launched[0].startswith("resident")
 
@@ -104,12 +95,12 @@ class Problem:
     def y(self) -> Tensor:
         """What the result should be."""
         bias = None if self.biases is None else mixed(self.biases, self.coefficients).double()
-        return torch.ops.aten.convolution(operand(self.x), self.weight, bias, *self.geometry)
+        return torch.ops.aten.convolution(operand(self.x), self.weight, bias, *self.arguments)
 
     @property
     def dx(self) -> Tensor:
         x = operand(self.x).requires_grad_()
-        torch.ops.aten.convolution(x, self.weight, None, *self.geometry).backward(operand(self.dy))
+        torch.ops.aten.convolution(x, self.weight, None, *self.arguments).backward(operand(self.dy))
         assert x.grad is not None
         return x.grad
 
@@ -118,9 +109,10 @@ class Problem:
         return operand(mixed(self.weights, self.coefficients))
 
     @property
-    def geometry(self) -> tuple[Any, ...]:
-        zeros = [0] * len(self.stride)
-        return self.stride, self.padding, self.dilation, False, zeros, self.groups
+    def arguments(self) -> tuple[Any, ...]:
+        """A convolution's, as torch takes them."""
+        stride, padding, dilation, groups = self.geometry
+        return stride, padding, dilation, False, [0] * len(stride), groups
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Other libraries' models, trainers and exporters (marked `integration`: `make test-integration`)."""

@@ -5,9 +5,7 @@ A new backend is judged by registering it: ``tests/ops/test_property.py`` runs t
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ import rl_kernels as rl
 from rl_kernels import functional as F
 from rl_kernels.backends.selection import CannotServe
 from rl_kernels.ops.ways import plain_torch
-from rl_kernels.testing import assert_as_accurate, compare
+from rl_kernels.testing import assert_as_accurate, compare, poisoned
 
 ODD_SIZES = (1, 2, 3, 5, 8, 13, 26)
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "offset")
@@ -198,19 +196,6 @@ def run(case: Case, tensors: Tensors, convert: Any = lambda t: t) -> dict[str, T
             assert gradient.shape == tensor.shape and gradient.dtype == tensor.dtype, name
         found |= dict(zip(wanted, gradients, strict=True))
     return found
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Inside, torch fills every fresh allocation with NaN: what is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def check(case: Case, backend: str, device: str = "cpu") -> None:

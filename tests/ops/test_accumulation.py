@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import rl_kernels as rl
 from rl_kernels.backends import registered, selection
 from rl_kernels.ops.ways import plain_torch
+from tests.backends.planted import Planted
 
 BACKENDS = [backend.name for backend in registered()]
 
@@ -108,22 +109,17 @@ def test_one_source_twice(backend: str) -> None:
 
 
 def test_no_gradient_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that can add is given the places themselves."""
+    """A backend that can add is given the buffers themselves."""
     given: list[list[Tensor | None]] = []
     streamed = next(backend for backend in registered() if backend.name == "streamed")
 
     def adding(*arguments: object, into: list[Tensor | None]) -> object:
         given.append(into)
-        gradients, *others = streamed.kernels["mixed_linear_wgrad"](*arguments)
-        return [g if place is None else place.add_(g) for g, place in zip(gradients, into, strict=True)], *others
+        weights, *others = streamed.kernel("mixed_linear_wgrad")(*arguments)
+        return [g if buffer is None else buffer.add_(g) for g, buffer in zip(weights, into, strict=True)], *others
 
-    backend = selection.Backend(
-        "adding",
-        "",
-        {**streamed.kernels, "mixed_linear_wgrad": adding},
-        streamed.refuses,
-        accumulates=True,
-    )
+    kernels = {op: streamed.kernel(op) for op in streamed.kernels}
+    backend = Planted({**kernels, "mixed_linear_wgrad": adding}, "adding", accumulates=True)
     monkeypatch.setattr(selection, "_backends", {"adding": backend, **selection._backends})
     layer = Layer("linear")
     seen = []
@@ -131,7 +127,7 @@ def test_no_gradient_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     with rl.use_backend("adding"), rl.accumulate_into_grad():
         layer.weights[0].grad = torch.zeros(6, 7)
         layer.backward()
-    assert [place is None for place in given[0]] == [False, True]
+    assert [buffer is None for buffer in given[0]] == [False, True]
     assert given[0][0] is not None and given[0][0].data_ptr() == layer.weights[0].grad.data_ptr()
     assert seen in ([], [None])
     assert layer.weights[0].grad.any() and layer.weights[1].grad is not None

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from rl_kernels import functional as F
-from rl_kernels.backends import selection
+from rl_kernels.backends import Case, selection
+from tests.backends.planted import Planted
 
 W = torch.randn(5, 7)
 FILTER = torch.randn(6, 2, 3, 3)
@@ -271,7 +272,7 @@ def test_an_in_place_change_before_backward_is_caught() -> None:
 
 
 def test_no_backend_says_why() -> None:
-    stub = selection.Backend("stub", "", {}, lambda case: None)
-    case = selection.Case("mixed_linear", "cpu", torch.float32)
-    with pytest.raises(RuntimeError, match="no backend serves mixed_linear on cpu in float32: stub: has no kernel for"):
+    stub = Planted({}, "stub")
+    case = Case("mixed_linear", "cpu", torch.float32)
+    with pytest.raises(RuntimeError, match="no backend serves mixed_linear on cpu in float32: stub: no kernel for"):
         selection.choose(case, (stub,))

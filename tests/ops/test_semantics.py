@@ -12,7 +12,9 @@ from torch import Tensor
 
 import rl_kernels as rl
 from rl_kernels import functional as F
-from rl_kernels.backends import registered, selection
+from rl_kernels.backends import Case, registered, selection
+from rl_kernels.ops.values import Call, Recipe
+from tests.backends.planted import Planted
 
 BACKENDS = [backend.name for backend in registered()]
 
@@ -244,20 +246,20 @@ def test_the_environment_variable_forces_a_backend() -> None:
 
 
 def test_selection_is_pure_and_says_why() -> None:
-    def refuse(case: selection.Case) -> str | None:
+    def refuse(case: Case) -> str | None:
         return "needs a GPU" if case.device == "cpu" else None
 
-    def unproven(case: selection.Case) -> str | None:
+    def unproven(case: Case, call: Call | None) -> str | None:
         return "not qualified here"
 
     def run(*args: Any) -> None:
         return None
 
-    fast = selection.Backend("fast", "", {"mixed_linear": run}, refuse)
-    unsure = selection.Backend("unsure", "", {"mixed_linear": run}, lambda case: None, unproven)
-    plain = selection.Backend("plain", "", {"mixed_linear": run}, lambda case: None)
+    fast = Planted({"mixed_linear": run}, "fast", why_not=refuse)
+    unsure = Planted({"mixed_linear": run}, "unsure", worse=unproven)
+    plain = Planted({"mixed_linear": run}, "plain")
     everything = (fast, unsure, plain)
-    cpu = selection.Case("mixed_linear", "cpu", torch.float32)
+    cpu = Case("mixed_linear", "cpu", torch.float32)
     assert selection.choose(cpu, everything) is plain
     assert selection.choose(cpu._replace(device="cuda"), everything) is fast
     assert selection.choose(cpu, everything, "unsure") is unsure
@@ -270,29 +272,30 @@ def test_selection_is_pure_and_says_why() -> None:
 
 def test_selection_by_call() -> None:
     """What a backend serves as a case it may refuse, or leave to the next, call by call."""
-    cpu = selection.Case("mixed_linear", "cpu", torch.float32)
+    cpu = Case("mixed_linear", "cpu", torch.float32)
 
     def run(*args: Any) -> None:
         return None
 
-    picky = selection.Backend(
-        "picky",
-        "",
+    def of_size(size: int) -> Call:
+        return Call("mixed_linear", torch.empty(size), Recipe([], torch.empty(0)))
+
+    picky = Planted(
         {"mixed_linear": run},
-        lambda case: None,
-        refuses_call=lambda op, arguments: "too many" if arguments[0] > 9 else None,
-        automatic_call=lambda op, arguments: "slower on few" if arguments[0] < 3 else None,
+        "picky",
+        why_not_call=lambda call: "too many" if len(call.activation) > 9 else None,
+        worse=lambda case, call: "slower on few" if call is not None and len(call.activation) < 3 else None,
     )
-    plain = selection.Backend("plain", "", {"mixed_linear": run}, lambda case: None)
+    plain = Planted({"mixed_linear": run}, "plain")
     both = (picky, plain)
     assert selection.choose(cpu, both) is picky
     for size, automatic in ((1, plain), (5, picky), (10, plain)):
-        assert selection.choose(cpu, both, arguments=(size,)) is automatic
-    assert selection.choose(cpu, both, "picky", (1,)) is picky
+        assert selection.choose(cpu, both, call=of_size(size)) is automatic
+    assert selection.choose(cpu, both, "picky", of_size(1)) is picky
     with pytest.raises(selection.CannotServe, match=r"backend 'picky' cannot serve mixed_linear on cpu.*: too many"):
-        selection.choose(cpu, both, "picky", (10,))
+        selection.choose(cpu, both, "picky", of_size(10))
     with pytest.raises(selection.CannotServe, match=r"no backend serves .* picky: slower on few"):
-        selection.choose(cpu, (picky,), arguments=(1,))
+        selection.choose(cpu, (picky,), call=of_size(1))
 
 
 def test_listeners_hear_of_every_change() -> None:
@@ -311,7 +314,7 @@ def test_listeners_hear_of_every_change() -> None:
     assert heard == [before, "reference", "streamed", "reference", before]
 
 
-def test_backends_prints_a_table() -> None:
+def test_services_print_a_table() -> None:
     services = rl.services("cpu", torch.bfloat16)
     assert len(services) == 6 * len(BACKENDS)
     text = str(services)

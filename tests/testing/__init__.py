@@ -1,0 +1,1 @@
+"""What users check with: planted faults must be found."""

@@ -12,115 +12,81 @@ from torch import Tensor
 
 from rl_kernels.backends.cuda import linear, product, resident, wgrad
 from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.gpu.convolution import Geometry, as_matrix, as_pixels, is_product, phases
-from rl_kernels.backends.gpu.operands import Asked, Recipe
-from rl_kernels.ops import shapes
+from rl_kernels.backends.cuda.wgrad import Differentiation
+from rl_kernels.backends.gpu.convolution import Correlation, as_matrix, as_pixels, is_product, phases
+from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe
+from rl_kernels.ops.shapes import conv_memory_format, empty_conv_input, empty_conv_output
+from rl_kernels.ops.values import Geometry, Gradients, Recipe, Wanted
 
 
-def mixed_conv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    op = "mixed_conv"
-    spatial = shapes.conv_output_size(x.shape[2:], weights[0].shape[2:], stride, padding, dilation)
-    memory_format = shapes.conv_memory_format(x, weights)
-    size = (x.shape[0], weights[0].shape[0], *spatial)
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+def mixed_conv(x: Tensor, recipe: Recipe, geometry: Geometry) -> Tensor:
+    y = empty_conv_output(x, recipe, geometry)
     if y.numel() == 0:
         return y
-    if is_product(weights[0], stride, padding, groups, x, y):
-        linear.multiply(
-            op,
-            as_pixels(y),
-            as_pixels(x),
-            [as_matrix(weight) for weight in weights],
-            coefficients,
-            biases,
-            transposed=False,
-        )
+    weight = recipe.weights[0]
+    if is_product(weight, geometry, x, y):
+        linear.multiply("mixed_conv", as_pixels(y), as_pixels(x), _as_linear(recipe))
         return y
-    geometry = Geometry.of(x, y, weights[0], [-pad for pad in padding], dilation, stride)
-    multiply(Product(op, y, x, Recipe(weights, coefficients), biases, geometry, groups, transposed=False))
+    correlation = Correlation.of_forward(x, y, weight, geometry)
+    multiply(Product("mixed_conv", y, x, StridedRecipe(recipe), correlation, geometry.groups))
     return y
 
 
-def mixed_conv_dgrad(
-    dy: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    op = "mixed_conv_dgrad"
-    memory_format = shapes.conv_memory_format(dy, weights)
-    dx = torch.empty(tuple(input_size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
+def mixed_conv_dgrad(dy: Tensor, recipe: Recipe, input_size: Sequence[int], geometry: Geometry) -> Tensor:
+    op, weights = "mixed_conv_dgrad", recipe.weights
+    dx = empty_conv_input(dy, recipe, input_size)
     if dx.numel() == 0:
         return dx
-    if is_product(weights[0], stride, padding, groups, dy, dx):
-        linear.multiply(
-            op,
-            as_pixels(dx),
-            as_pixels(dy),
-            [as_matrix(weight) for weight in weights],
-            coefficients,
-            None,
-            transposed=True,
-        )
+    if is_product(weights[0], geometry, dy, dx):
+        linear.multiply(op, as_pixels(dx), as_pixels(dy), _as_linear(recipe), transposed=True)
         return dx
-    ones = [1] * len(stride)
-    for pixels, taps, shifts, shift_steps in phases(weights[0].shape[2:], stride, padding, dilation):
-        target = dx[(slice(None), slice(None), *pixels)]
+    ones = (1,) * len(geometry.stride)
+    for pixels, taps, shifts, shift_steps in phases(weights[0].shape[2:], geometry):
+        target = _part(dx, pixels)
         if target.numel() == 0:
             continue
-        recipe = Recipe([weight[(slice(None), slice(None), *taps)] for weight in weights], coefficients)
-        geometry = Geometry.of(dy, target, recipe.weights[0], shifts, shift_steps, ones)
-        multiply(Product(op, target, dy, recipe, None, geometry, groups, transposed=True))
+        meeting = Recipe([_part(weight, taps) for weight in weights], recipe.coefficients)
+        correlation = Correlation.of(dy, target, meeting.weights[0], shifts, shift_steps, ones)
+        multiply(Product(op, target, dy, StridedRecipe(meeting), correlation, geometry.groups, transposed=True))
     return dx
-
-
-def multiply(wanted: Product) -> None:
-    """Write ``wanted.out`` by the kernel that fits it."""
-    how = resident.plan(wanted)
-    if how is None:
-        product.multiply(wanted)
-    else:
-        resident.multiply(wanted, how)
 
 
 def mixed_conv_wgrad(
     dy: Tensor,
     x: Tensor,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    weights_mask: Sequence[bool],
-    coefficients_mask: bool,
-    biases_mask: Sequence[bool],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    recipe: Recipe,
+    wanted: Wanted,
+    geometry: Geometry,
     into: Sequence[Tensor | None] | None = None,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    memory_format = shapes.conv_memory_format(x, weights)
-    masks = weights_mask, coefficients_mask, biases_mask
-    asked = Asked.of(
-        lambda weight: torch.empty_like(weight, memory_format=memory_format),
-        weights,
-        coefficients,
-        biases,
-        *masks,
-        into,
+) -> Gradients:
+    memory_format = conv_memory_format(x, recipe.weights)
+    buffers = GradientBuffers.of(
+        lambda weight: torch.empty_like(weight, memory_format=memory_format), recipe, wanted, into
     )
-    recipe = Recipe(weights, coefficients)
-    geometry = Geometry.of(x, dy, weights[0], [-pad for pad in padding], dilation, stride)
-    return wgrad.differentiate("mixed_conv_wgrad", dy, x, recipe, biases, asked, geometry, groups)
+    correlation = Correlation.of_forward(x, dy, recipe.weights[0], geometry)
+    asked = Differentiation("mixed_conv_wgrad", dy, x, StridedRecipe(recipe), buffers, correlation, geometry.groups)
+    return wgrad.differentiate(asked)
+
+
+def multiply(asked: Product) -> None:
+    """Write ``asked.out`` by the kernel that fits it."""
+    plan = resident.plan(asked)
+    if plan is None:
+        product.multiply(asked)
+    else:
+        resident.multiply(asked, plan)
+
+
+def _as_linear(recipe: Recipe) -> Recipe:
+    """The recipe of a filter of one tap as that of a linear layer."""
+    return recipe._replace(weights=[as_matrix(weight) for weight in recipe.weights])
+
+
+_WHOLE = slice(0, None, 1)
+
+
+def _part(tensor: Tensor, spatial: Sequence[slice]) -> Tensor:
+    """A part of an image or filter; itself where that is all of it, for indexing takes microseconds."""
+    if all(part == _WHOLE for part in spatial):
+        return tensor
+    return tensor[(slice(None), slice(None), *spatial)]

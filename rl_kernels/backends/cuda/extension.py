@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_kernels import __version__, _extension
+from rl_kernels import _extension
+from rl_kernels._version import __version__
 
 NAME = "_cuda"
 RECORD = "_build_cuda.json"
@@ -36,7 +37,6 @@ def launch(
     op: str,
     name: str,
     grid: tuple[int, int, int],
-    threads: int,
     shared_bytes: int,
     params: ctypes.Structure,
     operands: Sequence[Tensor],
@@ -47,7 +47,6 @@ def launch(
         op: the op that it serves, for messages.
         name: the kernel's, as RL_KERNEL declares it.
         grid: blocks in x, y and z.
-        threads: in a block.
         shared_bytes: dynamic shared memory of a block.
         params: the struct that the kernel takes, laid out as C++ does.
         operands: tensors that it works on: the first is on the device, messages give the shapes of all.
@@ -61,12 +60,12 @@ def launch(
         device = operands[0].device
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            EXTENSION.module.launch(name, grid, threads, shared_bytes, stream, bytes(params))
+            EXTENSION.module.launch(name, grid, shared_bytes, stream, bytes(params))
     except Exception as error:  # torch raises AssertionError where it is built without CUDA
         shapes = ", ".join(str(tuple(operand.shape)) for operand in operands)
         raise RuntimeError(f"{op} on {shapes}: {error}") from error
 
 
 def address(tensor: Tensor) -> int:
-    """Of a tensor's first element, for kernels."""
+    """The address of a tensor's first element, as kernels take it."""
     return tensor.data_ptr()

@@ -1,4 +1,7 @@
-"""What kernels take, laid out as in ``csrc/cuda/params.h``, filled from tensors."""
+"""What kernels take, laid out as in ``csrc/cuda/params.h``, filled from tensors.
+
+Arrays of strides are made once for each layout and kept: they are copied where a struct takes them.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,21 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rl_kernels.backends.cuda import extension
-from rl_kernels.backends.gpu.convolution import Geometry
+from rl_kernels.backends.gpu.convolution import Correlation
 from rl_kernels.backends.gpu.heuristics import cdiv
-from rl_kernels.backends.gpu.operands import Recipe, bits, strides_of
+from rl_kernels.backends.gpu.operands import StridedRecipe, strides_of
 
-MOST_SOURCES = 4
+MAX_SOURCES = 4
+"""How many sources the kernels' structs have room for."""
 COPIED_BYTES = 16
-"""That are copied at once where they lie together, from an address that is a multiple of them."""
+"""Bytes in one vectorised copy; the address must be aligned to it."""
 
 _Three, _Five = ctypes.c_int32 * 3, ctypes.c_int64 * 5
-_Addresses, _Offsets, _Strides = ctypes.c_uint64 * MOST_SOURCES, ctypes.c_int64 * MOST_SOURCES, _Five * MOST_SOURCES
+_Addresses, _Offsets, _Strides = ctypes.c_uint64 * MAX_SOURCES, ctypes.c_int64 * MAX_SOURCES, _Five * MAX_SOURCES
 
 
 class Divisor(ctypes.Structure):
-    """By which kernels divide numbers below 2^31: a product and a shift."""
+    """What kernels divide numbers below 2^31 by: as a product and a shift."""
 
     _fields_ = [("divisor", ctypes.c_uint32), ("multiplier", ctypes.c_uint32), ("shift", ctypes.c_uint32)]
 
@@ -38,8 +42,8 @@ class Divisor(ctypes.Structure):
 _Divisors = Divisor * 3
 
 
-class GeometryParams(ctypes.Structure):
-    """``Geometry``."""
+class CorrelationParams(ctypes.Structure):
+    """``Correlation``."""
 
     _fields_ = [
         ("sizes", _Three),
@@ -54,17 +58,17 @@ class GeometryParams(ctypes.Structure):
 
     @classmethod
     @functools.lru_cache(maxsize=1024)
-    def of(cls, geometry: Geometry, channels: int) -> GeometryParams:
+    def of(cls, correlation: Correlation, channels: int) -> CorrelationParams:
         """With positions of the sum that have so many channels innermost. Not to be changed: it is kept."""
         return cls(
-            _Three(*geometry.sizes),
-            _Three(*geometry.taps),
-            _Three(*geometry.first_shifts),
-            _Three(*geometry.shift_steps),
-            _Three(*geometry.pixel_steps),
+            _Three(*correlation.sizes),
+            _Three(*correlation.taps),
+            _Three(*correlation.first_shifts),
+            _Three(*correlation.shift_steps),
+            _Three(*correlation.pixel_steps),
             Divisor.of(channels),
-            _Divisors(*map(Divisor.of, geometry.taps)),
-            _Divisors(*map(Divisor.of, geometry.out_sizes)),
+            _Divisors(*map(Divisor.of, correlation.taps)),
+            _Divisors(*map(Divisor.of, correlation.out_sizes)),
         )
 
 
@@ -83,18 +87,17 @@ class RecipeParams(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, recipe: Recipe, groups: int, transposed: bool, channels: int, taps: int) -> RecipeParams:
-        """For (feature, channel, ...), or, transposed, dgrad's; so many channels of a group are summed over."""
-        whole = channels if taps > 1 and not transposed else None
-        vectors = bits([is_vector(weight, whole) for weight in recipe.weights])
+    def of(cls, recipe: StridedRecipe, groups: int, whole: int | None, transposed: bool = False) -> RecipeParams:
+        """For (feature, channel, ...), or, transposed, dgrad's; ``whole`` as in ``is_vector``."""
+        weights = recipe.weights
         return cls(
-            addresses(recipe.weights),
+            addresses(weights),
             extension.address(recipe.coefficients),
-            _Strides(*(_Five(*steps) for steps in recipe.strides_of_features(transposed))),
-            group_strides(recipe.weights, groups),
+            _strides(recipe.strides_of_features(transposed)),
+            group_strides(weights, groups),
             *recipe.strides,
-            len(recipe.weights),
-            vectors,
+            len(weights),
+            vectors(weights, whole),
         )
 
 
@@ -109,7 +112,7 @@ class ProductParams(ctypes.Structure):
         ("out", ctypes.c_uint64),
         ("activation_strides", _Five),
         ("out_strides", _Five),
-        ("geometry", GeometryParams),
+        ("correlation", CorrelationParams),
         ("pixels", ctypes.c_int32),
         ("features", ctypes.c_int32),
         ("channels", ctypes.c_int32),
@@ -142,7 +145,7 @@ class WgradParams(ctypes.Structure):
         ("x", ctypes.c_uint64),
         ("dy_strides", _Five),
         ("x_strides", _Five),
-        ("geometry", GeometryParams),
+        ("correlation", CorrelationParams),
         ("pixels", ctypes.c_int32),
         ("features", ctypes.c_int32),
         ("channels", ctypes.c_int32),
@@ -159,29 +162,40 @@ class WgradParams(ctypes.Structure):
     ]
 
 
+# Of up to MAX_SOURCES tensors: 0 where there is none.
+
+
 def addresses(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_uint64]:
-    """Of up to MOST_SOURCES tensors; 0 where there is none."""
-    return _Addresses(*(0 if tensor is None else extension.address(tensor) for tensor in tensors))
-
-
-def strides5(tensor: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """As ``strides_of``."""
-    return _Five(*strides_of(tensor))
+    """The tensors' addresses."""
+    address = extension.address
+    return _Addresses(*[0 if tensor is None else address(tensor) for tensor in tensors])
 
 
 def all_strides(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.Array[ctypes.c_int64]]:
-    """Of up to MOST_SOURCES tensors, as ``strides_of``; 0 where there is none."""
-    return _Strides(*(_Five() if tensor is None else strides5(tensor) for tensor in tensors))
+    """The tensors' strides, as ``strides_of``."""
+    return _strides(tuple([() if tensor is None else strides_of(tensor) for tensor in tensors]))
 
 
-def vector_strides(vectors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
-    """Of up to MOST_SOURCES vectors."""
-    return _Offsets(*(vector.stride(0) for vector in vectors))
+def vector_strides(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+    """From element to element of vectors."""
+    return _offsets(tuple([tensor.stride(0) for tensor in tensors]))
 
 
 def group_strides(weights: Sequence[Tensor | None], groups: int) -> ctypes.Array[ctypes.c_int64]:
     """From a group's part of each weight, or gradient, to the next one's."""
-    return _Offsets(*(0 if w is None else w.shape[0] // groups * w.stride(0) for w in weights))
+    if groups == 1:
+        return _offsets(())
+    return _offsets(tuple([0 if w is None else w.shape[0] // groups * w.stride(0) for w in weights]))
+
+
+def vectors(tensors: Sequence[Tensor | None], whole: int | None = None) -> int:
+    """Bit j: ``is_vector`` of tensor j."""
+    return sum([1 << j for j, tensor in enumerate(tensors) if tensor is not None and is_vector(tensor, whole)])
+
+
+def strides5(tensor: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """The strides of one tensor, as ``strides_of``."""
+    return _five(strides_of(tensor))
 
 
 def is_vector(tensor: Tensor, whole: int | None = None) -> bool:
@@ -191,15 +205,28 @@ def is_vector(tensor: Tensor, whole: int | None = None) -> bool:
         tensor: of (batch or out, channel, *spatial).
         whole: a number of channels that has to be a multiple of what is copied; None for any.
     """
-    chunk = COPIED_BYTES // tensor.element_size()
-    apart = all(
-        stride % chunk == 0
-        for i, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
-        if i != 1 and size > 1
-    )
-    return (
-        tensor.stride(1) == 1
-        and apart
-        and (whole is None or whole % chunk == 0)
-        and extension.address(tensor) % COPIED_BYTES == 0
-    )
+    aligned = extension.address(tensor) % COPIED_BYTES == 0
+    return aligned and _is_vector(tensor.shape, tensor.stride(), COPIED_BYTES // tensor.element_size(), whole)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_vector(shape: Sequence[int], strides: Sequence[int], chunk: int, whole: int | None) -> bool:
+    if strides[1] != 1 or (whole is not None and whole % chunk != 0):
+        return False
+    apart = (stride for i, (size, stride) in enumerate(zip(shape, strides, strict=True)) if i != 1 and size > 1)
+    return all(stride % chunk == 0 for stride in apart)
+
+
+@functools.lru_cache(maxsize=4096)
+def _five(strides: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    return _Five(*strides)
+
+
+@functools.lru_cache(maxsize=4096)
+def _offsets(strides: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    return _Offsets(*strides)
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(strides: tuple[tuple[int, ...], ...]) -> ctypes.Array[ctypes.Array[ctypes.c_int64]]:
+    return _Strides(*map(_five, strides))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rl_kernels.backends.cuda import configs, extension
+from rl_kernels.backends.cuda.configs import KERNELS
 from rl_kernels.backends.cuda.params import (
-    GeometryParams,
+    CorrelationParams,
     ProductParams,
     ProductReductionParams,
     RecipeParams,
@@ -22,75 +21,54 @@ from rl_kernels.backends.cuda.params import (
     strides5,
     vector_strides,
 )
-from rl_kernels.backends.gpu.convolution import Geometry
-from rl_kernels.backends.gpu.heuristics import Config, Device, Work, cdiv, choose, device_of
-from rl_kernels.backends.gpu.operands import Recipe, arithmetic
+from rl_kernels.backends.gpu.convolution import Correlation
+from rl_kernels.backends.gpu.heuristics import Device, Work, cdiv, choose, device_of
+from rl_kernels.backends.gpu.operands import StridedRecipe, arithmetic
 
-KEPT_BYTES = 24 * 256
-"""Of shared memory, beside the stages: where a convolution's pixels lie, of the largest tile."""
-REDUCE_THREADS = 256
-MOST_BLOCKS = 1 << 16
-"""Of a reduction; its threads go on where there is more."""
+MAX_REDUCTION_BLOCKS = 1 << 16
+"""Blocks of a reduction; its threads go on where there is more."""
 
 
-class Product(NamedTuple):
+class Product:
     """``out (batch, features, *pixels) = activation (batch, channels, *sizes) W^T``, of any kind of layer.
 
     Attributes:
         op: whose call this is.
         out: of any strides.
         activation: of any strides.
-        recipe: of W, whose dimensions are (out, in, *taps).
-        biases: as many as sources.
-        geometry: of the convolution; of one tap for linear layers.
+        recipe: of W, whose dimensions are (out, in, *taps), and of the bias.
+        correlation: which pixels meet; of one tap for linear layers.
         groups: of features and channels.
         transposed: whether the channels are W's output channels, and the features its inputs.
+        linear: whether this is a linear layer's.
+        pixels: of all images; tokens of a linear layer.
+        taps: how many the filter has.
+        features: how many a group has.
+        channels: how many a group has.
+        kind: of the kernels, in their names: the direction, and which recipes they are for.
+        element: what their names call the type.
     """
 
-    op: str
-    out: Tensor
-    activation: Tensor
-    recipe: Recipe
-    biases: Sequence[Tensor] | None
-    geometry: Geometry
-    groups: int
-    transposed: bool
-
-    @property
-    def linear(self) -> bool:
-        """Whether this is a linear layer's."""
-        return self.out.dim() == 2
-
-    @property
-    def pixels(self) -> int:
-        """Of all images; tokens of a linear layer."""
-        return self.out.numel() // self.out.shape[1]
-
-    @property
-    def taps(self) -> int:
-        """Of the filter."""
-        return math.prod(self.geometry.taps)
-
-    @property
-    def features(self) -> int:
-        """Of a group."""
-        return self.out.shape[1] // self.groups
-
-    @property
-    def channels(self) -> int:
-        """Of a group; the sum is over all taps of these."""
-        return self.activation.shape[1] // self.groups
-
-    @property
-    def kind(self) -> str:
-        """As in the kernels' names."""
-        pair = len(self.recipe.weights) == 2 and not self.recipe.per_channel
-        return f"{'dgrad' if self.transposed else 'forward'}_{'pair' if pair else 'general'}"
-
-    @property
-    def element(self) -> str:
-        """The same of the type."""
-        return configs.NAMES[self.activation.dtype]
+    def __init__(
+        self,
+        op: str,
+        out: Tensor,
+        activation: Tensor,
+        recipe: StridedRecipe,
+        correlation: Correlation,
+        groups: int = 1,
+        transposed: bool = False,
+    ):
+        self.op, self.out, self.activation, self.recipe = op, out, activation, recipe
+        self.correlation, self.groups, self.transposed = correlation, groups, transposed
+        features = out.shape[1]
+        self.linear = out.dim() == 2
+        self.pixels = out.numel() // features
+        self.taps = math.prod(correlation.taps)
+        self.features, self.channels = features // groups, activation.shape[1] // groups
+        pair = len(recipe.weights) == 2 and not recipe.per_channel
+        self.kind = f"{'dgrad' if transposed else 'forward'}_{'pair' if pair else 'general'}"
+        self.element = configs.ELEMENTS[activation.dtype]
 
     def shares(self, splits: int) -> Tensor:
         """Where each split writes its share of the sum; out, where there is one."""
@@ -100,17 +78,18 @@ class Product(NamedTuple):
 
     def params(self, target: Tensor, steps: int = 0, splits: int = 1, stages: int = 0) -> ProductParams:
         """For a kernel that writes to ``target``, from ``shares``."""
-        channels, taps = self.channels, self.taps
-        spread = self.groups > 1 or taps > 1
+        channels, biases = self.channels, self.recipe.biases or ()
+        whole = channels if self.taps > 1 and not self.transposed else None
+        spread = channels if self.groups > 1 or self.taps > 1 else None
         return ProductParams(
-            recipe=RecipeParams.of(self.recipe, self.groups, self.transposed, channels, taps),
-            biases=addresses(self.biases or ()),
-            bias_strides=vector_strides(self.biases or ()),
+            recipe=RecipeParams.of(self.recipe, self.groups, whole, self.transposed),
+            biases=addresses(biases),
+            bias_strides=vector_strides(biases),
             activation=extension.address(self.activation),
             out=extension.address(target),
             activation_strides=strides5(self.activation),
             out_strides=strides5(self.out),
-            geometry=GeometryParams.of(self.geometry, channels),
+            correlation=CorrelationParams.of(self.correlation, channels),
             pixels=self.pixels,
             features=self.features,
             channels=channels,
@@ -118,23 +97,20 @@ class Product(NamedTuple):
             splits=splits,
             stages=stages,
             groups=self.groups,
-            vector_activation=is_vector(self.activation, channels if spread else None),
+            vector_activation=is_vector(self.activation, spread),
             vector_out=is_vector(self.out, self.features) if splits == 1 else self.features % 4 == 0,
         )
 
-    def launch(
-        self, kernel: str, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure
-    ) -> None:
-        """Queue the kernel of this product's type."""
-        operands = (self.activation, *self.recipe.weights)
-        extension.launch(self.op, f"{kernel}_{self.element}", grid, threads, shared_bytes, params, operands)
+    def launch(self, kernel: str, grid: tuple[int, int, int], shared_bytes: int, params: ctypes.Structure) -> None:
+        """Queue a kernel."""
+        extension.launch(self.op, kernel, grid, shared_bytes, params, (self.activation, *self.recipe.weights))
 
     def reduce(self, params: ProductParams, shares: Tensor) -> None:
-        """``out`` from the splits' shares, which ``params`` were for."""
+        """Write ``out`` from the splits' shares, which ``params`` were for."""
         params.out = extension.address(self.out)
-        blocks = min(cdiv(self.out.numel(), REDUCE_THREADS), MOST_BLOCKS)
-        reduction = ProductReductionParams(params, extension.address(shares))
-        self.launch("linear_reduce" if self.linear else "conv_reduce", (blocks, 1, 1), REDUCE_THREADS, 0, reduction)
+        kernel = f"{'linear' if self.linear else 'conv'}_reduce_{self.element}"
+        blocks = min(cdiv(self.out.numel(), KERNELS[kernel].threads), MAX_REDUCTION_BLOCKS)
+        self.launch(kernel, (blocks, 1, 1), 0, ProductReductionParams(params, extension.address(shares)))
 
 
 def multiply(product: Product) -> None:
@@ -152,16 +128,15 @@ def multiply(product: Product) -> None:
         repeats=product.groups,
     )
     config, splits, steps = choose(work, configs.usable(configs.PRODUCTS, work, itemsize, device), device)
+    layer = "linear" if product.linear else "conv"
+    kernel = f"{layer}_{product.kind}_{config.rows}x{config.columns}_{product.element}"
+    facts = KERNELS[kernel]
+    stage_bytes = facts.stage_bytes + len(product.recipe.weights) * facts.source_bytes
     shares = product.shares(splits)
     params = product.params(shares, steps, splits, config.stages)
     tiles = cdiv(work.rows, config.rows) * cdiv(work.columns, config.columns)
-    product.launch(
-        f"{'linear' if product.linear else 'conv'}_{product.kind}_{config.rows}x{config.columns}",
-        (tiles, product.groups, splits),
-        32 * config.warps,
-        max(config.stages * _stage_bytes(config, len(product.recipe.weights)), _staged_bytes(config)),
-        params,
-    )
+    shared_bytes = max(config.stages * stage_bytes, facts.epilogue_bytes)
+    product.launch(kernel, (tiles, product.groups, splits), shared_bytes, params)
     if splits > 1:
         product.reduce(params, shares)
 
@@ -170,15 +145,4 @@ def multiply(product: Product) -> None:
 def _device(device: torch.device, linear: bool) -> Device:
     """With the shared memory that is left for the stages."""
     found = device_of(device)
-    return found if linear else found._replace(shared_bytes=found.shared_bytes - KEPT_BYTES)
-
-
-def _stage_bytes(config: Config, sources: int) -> int:
-    """Of a stage: every source's tile, and the activation's."""
-    return (sources * config.rows + config.columns) * configs.STEP_BYTES
-
-
-def _staged_bytes(config: Config) -> int:
-    """Of the epilogue: 32 columns of each warp beside another, in float32."""
-    beside = config.warps // (config.rows // configs.WARP_ROWS)
-    return 4 * 32 * beside * (config.rows + 4)
+    return found if linear else found._replace(shared_bytes=found.shared_bytes - configs.CONV_KEPT_BYTES)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from rl_kernels.backends.cuda import configs
+from rl_kernels.backends.cuda.configs import KERNELS, Facts
+from rl_kernels.backends.cuda.params import COPIED_BYTES
 from rl_kernels.backends.cuda.product import Product
 from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.heuristics import Device, cdiv, device_of
 
-ROWS = (16, 32, 64)
-"""Features that there are kernels for."""
-MOST_TAPS = 9
-PIXELS = 128
-"""Of a tile."""
-CHUNKS, CHUNK_BYTES = 4, 16
-"""Of a step along the sum: channels of one tap each, of which the last are filled up."""
-POSITION_BYTES = 32
-"""Of shared memory, that says where a chunk lies."""
+ROWS = tuple(sorted({facts.rows for name, facts in KERNELS.items() if name.startswith("resident_")}))
+"""Numbers of features that there are kernels for."""
+MAX_TAPS = 9
 TILES_A_BLOCK = 2
 """At least, for a filter that is mixed once to pay."""
+BLOCKS_AT_ONCE = 8
+"""How many blocks are on a multiprocessor, at most."""
 
 
 class Plan(NamedTuple):
@@ -31,39 +30,46 @@ class Plan(NamedTuple):
 
 def plan(product: Product) -> Plan | None:
     """None where other kernels are better, or a configuration of theirs is asked for."""
-    few = product.features <= ROWS[-1] and product.channels <= ROWS[-1] and product.taps <= MOST_TAPS
+    few = product.features <= ROWS[-1] and product.channels <= ROWS[-1] and product.taps <= MAX_TAPS
     if heuristics.forced() is not None or not few:
         return None
-    device = device_of(product.activation.device)
-    return next(filter(None, (_plan(product, stages, device) for stages in configs.STAGES)), None)
+    facts, device = KERNELS[_kernel(product)], device_of(product.activation.device)
+    return _plan(facts, _steps(product, facts), product.pixels, product.groups, device)
 
 
-def _plan(product: Product, stages: int, device: Device) -> Plan | None:
-    at_once = min(device.shared_bytes // shared_bytes(product, stages), 2048 // 256)
-    blocks = min(cdiv(device.multiprocessors * at_once, product.groups), product.pixels // (TILES_A_BLOCK * PIXELS))
-    return Plan(blocks, stages) if blocks * product.groups >= device.multiprocessors else None
+@functools.lru_cache(maxsize=1024)
+def _plan(facts: Facts, steps: int, pixels: int, groups: int, device: Device) -> Plan | None:
+    """With as many stages as leave the device full."""
+    tiles = pixels // facts.columns
+    for stages in configs.STAGES:
+        at_once = min(device.shared_bytes // _shared_bytes(facts, steps, stages), BLOCKS_AT_ONCE)
+        blocks = min(cdiv(device.multiprocessors * at_once, groups), tiles // TILES_A_BLOCK)
+        if blocks * groups >= device.multiprocessors:
+            return Plan(blocks, stages)
+    return None
 
 
 def multiply(product: Product, how: Plan) -> None:
     """Write ``product.out``."""
-    rows = _rows(product)
+    kernel = _kernel(product)
+    facts = KERNELS[kernel]
     params = product.params(product.out, stages=how.stages)
-    product.launch(
-        f"resident_{product.kind}_{rows}",
-        (min(how.blocks, cdiv(product.pixels, PIXELS)), product.groups, 1),
-        256 if rows == 64 else 128,
-        shared_bytes(product, how.stages),
-        params,
-    )
+    blocks = min(how.blocks, cdiv(product.pixels, facts.columns))
+    shared_bytes = _shared_bytes(facts, _steps(product, facts), how.stages)
+    product.launch(kernel, (blocks, product.groups, 1), shared_bytes, params)
 
 
-def shared_bytes(product: Product, stages: int) -> int:
-    """Of the filter, the stages of the activation, a tile of results, and where chunks lie."""
-    rows, itemsize = _rows(product), product.activation.element_size()
-    steps = max(1, cdiv(product.taps * cdiv(product.channels * itemsize, CHUNK_BYTES), CHUNKS))
-    results = PIXELS * (rows * itemsize + CHUNK_BYTES)
-    return (steps * rows + stages * PIXELS) * configs.STEP_BYTES + results + steps * CHUNKS * POSITION_BYTES
+def _steps(product: Product, facts: Facts) -> int:
+    """Steps of the sum. Chunks are of the channels of one tap each, of which the last are filled up."""
+    chunks = product.taps * cdiv(product.channels * product.activation.element_size(), COPIED_BYTES)
+    return max(1, cdiv(chunks, facts.depth_bytes // COPIED_BYTES))
 
 
-def _rows(product: Product) -> int:
-    return next(rows for rows in ROWS if product.features <= rows)
+def _shared_bytes(facts: Facts, steps: int, stages: int) -> int:
+    """Shared memory for the filter and where its chunks lie, the stages of the activation, and a tile of results."""
+    return steps * facts.step_bytes + stages * facts.stage_bytes + facts.epilogue_bytes
+
+
+def _kernel(product: Product) -> str:
+    rows = next(rows for rows in ROWS if product.features <= rows)
+    return f"resident_{product.kind}_{rows}_{product.element}"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rl_kernels.backends.cuda import configs, extension
+from rl_kernels.backends.cuda.configs import KERNELS
 from rl_kernels.backends.cuda.params import (
     COPIED_BYTES,
-    GeometryParams,
+    CorrelationParams,
     RecipeParams,
     WgradParams,
     addresses,
@@ -19,96 +20,119 @@ from rl_kernels.backends.cuda.params import (
     group_strides,
     is_vector,
     strides5,
+    vectors,
 )
-from rl_kernels.backends.gpu.convolution import Geometry
-from rl_kernels.backends.gpu.heuristics import Config, Work, cdiv, choose, device_of
-from rl_kernels.backends.gpu.operands import Asked, Recipe, arithmetic, bits
+from rl_kernels.backends.gpu.convolution import Correlation
+from rl_kernels.backends.gpu.heuristics import Choice, Work, cdiv, choose, device_of
+from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe, arithmetic, bits
+from rl_kernels.ops.values import Gradients
 
 
-def differentiate(
-    op: str,
-    dy: Tensor,
-    x: Tensor,
-    recipe: Recipe,
-    biases: Sequence[Tensor] | None,
-    asked: Asked,
-    geometry: Geometry,
-    groups: int,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """Write what is asked for, for convolutions and linear layers.
+class Differentiation(NamedTuple):
+    """What a wgrad is asked for, of a convolution or a linear layer.
 
-    Args:
+    Attributes:
         op: whose call this is.
         dy: (batch, out, *pixels), of any strides.
         x: (batch, in, *sizes), of any strides.
-        recipe: of W, whose dimensions are (out, in, *taps).
-        biases: as many as sources.
-        asked: which gradients, and where they go.
-        geometry: of the convolution; of one tap for linear layers.
+        recipe: of W, whose dimensions are (out, in, *taps), and of the bias.
+        buffers: which gradients are wanted, and where they go.
+        correlation: which pixels meet; of one tap for linear layers.
         groups: of the channels of each.
-
-    Returns:
-        What the op returns.
     """
+
+    op: str
+    dy: Tensor
+    x: Tensor
+    recipe: StridedRecipe
+    buffers: GradientBuffers
+    correlation: Correlation
+    groups: int = 1
+
+    @property
+    def linear(self) -> bool:
+        """Whether this is a linear layer's."""
+        return self.dy.dim() == 2
+
+
+def differentiate(asked: Differentiation) -> Gradients:
+    """Write what is asked for; returns what the op returns."""
+    dy, recipe, wanted = asked.dy, asked.recipe, asked.buffers.wanted
+    gradients, biases = asked.buffers.gradients, recipe.biases or ()
     dots = None
-    if asked.product and recipe.weights[0].numel() > 0:
-        dots = _products(op, dy, x, recipe, asked, geometry, groups)
+    if wanted.product and recipe.weights[0].numel() > 0:
+        dots = _products(asked)
     sums = None
-    if asked.sums(biases):
+    if any(wanted.biases) or (wanted.coefficients and biases):
         sums = dy.sum([0, *range(2, dy.dim())], dtype=torch.float32)
-        for j, wanted in enumerate(asked.biases_mask):
-            if wanted:
-                asked.biases[j].copy_(sums * recipe.coefficients[j])
-    if asked.coefficients_mask:
+        for j, want in enumerate(wanted.biases):
+            if want:
+                gradients.biases[j].copy_(sums * recipe.coefficients[j])
+    if wanted.coefficients:
         # Shares are added in float64, in their order.
         total = (
-            torch.zeros_like(asked.coefficients, dtype=torch.float64)
+            torch.zeros_like(gradients.coefficients, dtype=torch.float64)
             if dots is None
             else dots.sum(1, dtype=torch.float64)
         )
-        if biases is not None and sums is not None:
+        if sums is not None:
             for j, bias in enumerate(biases):
                 terms = sums.double() * bias.double()
                 total[j] += terms if recipe.per_channel else terms.sum()
-        asked.coefficients.copy_(total)
-    return asked.outputs
+        gradients.coefficients.copy_(total)
+    return gradients
 
 
-def _products(
-    op: str, dy: Tensor, x: Tensor, recipe: Recipe, asked: Asked, geometry: Geometry, groups: int
-) -> Tensor | None:
+def _products(asked: Differentiation) -> Tensor | None:
     """Write the sources' gradients; returns the shares of <G, W_j>, (source, part) or (source, part, out), if asked."""
-    linear = dy.dim() == 2
-    pixels, taps = dy.numel() // dy.shape[1], math.prod(geometry.taps)
-    features, channels = dy.shape[1] // groups, x.shape[1] // groups
-    columns = taps * channels
-    dtype = x.dtype
-    device = device_of(x.device)
-    work = Work(
-        rows=features,
-        columns=columns,
-        depth=pixels,
-        row_bytes=dtype.itemsize,
-        column_bytes=dtype.itemsize,
-        scratch_bytes=0,
-        slowness=arithmetic(dtype, not linear).slowness,
-        repeats=groups,
-    )
-    config, splits, steps = choose(work, configs.usable(configs.WGRADS, work, dtype.itemsize, device), device)
+    dy, recipe = asked.dy, asked.recipe
+    config, splits, _ = choice = _choose(asked)
+    out, columns = dy.shape[1], asked.x.shape[1] // asked.groups * math.prod(asked.correlation.taps)
     across = cdiv(columns, config.columns)
-    tiles = cdiv(features, config.rows) * across
+    tiles = cdiv(out // asked.groups, config.rows) * across
     dots = partial = None
-    if asked.coefficients_mask:
-        shares = (across, dy.shape[1]) if recipe.per_channel else (tiles * groups,)
+    if asked.buffers.wanted.coefficients:
+        shares = (across, out) if recipe.per_channel else (tiles * asked.groups,)
         dots = recipe.coefficients.new_empty((len(recipe.weights), *shares), dtype=torch.float32)
     if splits > 1:
-        partial = dy.new_empty((splits, dy.shape[1], columns), dtype=torch.float32)
-    gradients = [g if wanted else None for g, wanted in zip(asked.weights, asked.weights_mask, strict=True)]
-    whole = channels if taps > 1 else None
-    spread = channels if groups > 1 or taps > 1 else None
-    apart = whole is None or whole % (COPIED_BYTES // dtype.itemsize) == 0
-    params = WgradParams(
-        recipe=RecipeParams.of(recipe, groups, False, channels, taps),
+        partial = dy.new_empty((splits, out, columns), dtype=torch.float32)
+    params = _params(asked, choice, dots, partial)
+    layer, shape = "linear" if asked.linear else "conv", f"{config.rows}x{config.columns}"
+    kernel, reduction = (f"{layer}_{name}_{shape}_{configs.ELEMENTS[dy.dtype]}" for name in ("wgrad", "wgrad_reduce"))
+    facts, operands = KERNELS[kernel], (dy, asked.x, *recipe.weights)
+    shared_bytes = max(config.stages * facts.stage_bytes, facts.epilogue_bytes)
+    extension.launch(asked.op, kernel, (tiles, asked.groups, splits), shared_bytes, params, operands)
+    if splits > 1:
+        extension.launch(asked.op, reduction, (tiles, asked.groups, 1), 0, params, operands)
+    return dots
+
+
+def _choose(asked: Differentiation) -> Choice:
+    dy, x, groups = asked.dy, asked.x, asked.groups
+    size, device = dy.element_size(), device_of(x.device)
+    work = Work(
+        rows=dy.shape[1] // groups,
+        columns=math.prod(asked.correlation.taps) * (x.shape[1] // groups),
+        depth=dy.numel() // dy.shape[1],
+        row_bytes=size,
+        column_bytes=size,
+        scratch_bytes=0,
+        slowness=arithmetic(dy.dtype, not asked.linear).slowness,
+        repeats=groups,
+    )
+    return choose(work, configs.usable(configs.WGRADS, work, size, device), device)
+
+
+def _params(asked: Differentiation, choice: Choice, dots: Tensor | None, partial: Tensor | None) -> WgradParams:
+    dy, x, recipe, groups = asked.dy, asked.x, asked.recipe, asked.groups
+    buffers, wanted = asked.buffers.gradients.weights, asked.buffers.wanted.weights
+    gradients = [buffer if want else None for buffer, want in zip(buffers, wanted, strict=True)]
+    features, channels = dy.shape[1] // groups, x.shape[1] // groups
+    whole = channels if math.prod(asked.correlation.taps) > 1 else None
+    # What is copied at once is as much of dW as of W, also where dW is float32.
+    apart = whole is None or whole % (COPIED_BYTES // dy.element_size()) == 0
+    return WgradParams(
+        recipe=RecipeParams.of(recipe, groups, whole),
         gradients=addresses(gradients),
         gradient_strides=all_strides(gradients),
         gradient_group_strides=group_strides(gradients, groups),
@@ -118,32 +142,18 @@ def _products(
         x=extension.address(x),
         dy_strides=strides5(dy),
         x_strides=strides5(x),
-        geometry=GeometryParams.of(geometry, channels),
-        pixels=pixels,
+        correlation=CorrelationParams.of(asked.correlation, channels),
+        pixels=dy.numel() // dy.shape[1],
         features=features,
         channels=channels,
-        steps=steps,
-        splits=splits,
-        stages=config.stages,
+        steps=choice.steps,
+        splits=choice.splits,
+        stages=choice.config.stages,
         groups=groups,
         vector_dy=is_vector(dy, features if groups > 1 else None),
-        vector_x=is_vector(x, spread),
-        # What is copied at once is as much of dW as of W, also in float32.
-        vector_gradients=bits([g is not None and is_vector(g, whole) and apart for g in gradients]),
-        added=bits(asked.added),
-        wide=bits([g is not None and g.dtype != dtype for g in gradients]),
+        vector_x=is_vector(x, channels if groups > 1 else whole),
+        vector_gradients=vectors(gradients, whole) if apart else 0,
+        added=bits(asked.buffers.added),
+        wide=bits([gradient is not None and gradient.dtype != dy.dtype for gradient in gradients]),
         per_channel=recipe.per_channel,
     )
-    layer, shape = "linear" if linear else "conv", f"{config.rows}x{config.columns}_{configs.NAMES[dtype]}"
-    threads, operands = 32 * config.warps, (dy, x, *recipe.weights)
-    stage_bytes = (config.rows + config.columns) * configs.STEP_BYTES
-    shared_bytes = max(stage_bytes * config.stages, _staged_bytes(config))
-    extension.launch(op, f"{layer}_wgrad_{shape}", (tiles, groups, splits), threads, shared_bytes, params, operands)
-    if splits > 1:
-        extension.launch(op, f"{layer}_wgrad_reduce_{shape}", (tiles, groups, 1), threads, 0, params, operands)
-    return dots
-
-
-def _staged_bytes(config: Config) -> int:
-    """Of the epilogue: 16 rows of each warp above another, in float32."""
-    return 4 * 16 * (config.rows // configs.WARP_ROWS) * (config.columns + 8)

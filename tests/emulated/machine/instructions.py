@@ -33,6 +33,8 @@ def family(*opcodes: str) -> Callable[[Callable[[Decoder], Run]], Callable[[Deco
 
 def decode(launch: Launch) -> list[Step]:
     """The kernel's instructions, with a return after the last."""
+    from tests.emulated.machine import wgmma  # which imports this module
+
     places = {name: place for place, name in enumerate(launch.kernel.registers)}
     end = ptx.Instruction(0, "the end of the kernel", "", "ret", (), ())
     steps = []
@@ -228,6 +230,3 @@ def _special(name: str) -> Callable[[Warp], Any] | None:
         "%cluster_nctarank": lambda w: 1,
         "WARP_SZ": lambda w: 32,
     }.get(name)
-
-
-from tests.emulated.machine import wgmma

@@ -1,0 +1,190 @@
+// The recipe: the one place where W = sum_j c_j * W_j is evaluated. Another recipe is another mix() here, and another
+// finish_row() in gradients.h.
+#pragma once
+
+#include "problem.h"
+#include "vector.h"
+
+#include <cstdint>
+
+namespace rl_kernels::cpu {
+namespace {
+
+// Terms in source order, as every backend adds them; source(j) and factor(j) are numbers or vectors of them.
+template <class Source, class Factor> inline auto mix(int sources, const Source &source, const Factor &factor) {
+  auto total = source(0) * factor(0);
+  for (int j = 1; j < sources; ++j)
+    total += source(j) * factor(j);
+  return total;
+}
+
+// The same with Replacement Learning's case of two sources apart, for who mixes a vector a row. Two functions, since
+// which product of the first sum is fused depends on the branch, and the last bit of W on that.
+template <class Source, class Factor>
+inline auto mix_two_apart(int sources, const Source &source, const Factor &factor) {
+  auto total = source(0) * factor(0);
+  if (sources == 2)
+    total += source(1) * factor(1);
+  else
+    for (int j = 1; j < sources; ++j)
+      total += source(j) * factor(j);
+  return total;
+}
+
+// A recipe of sources of type S whose mix is rounded to X, as rows: row o holds the elements (i, t) of output channel
+// o, taps innermost unless the first source has its input channels innermost (channels_last).
+template <class S, class X> class Mixed {
+public:
+  using T = Accumulate<X>;
+
+  Mixed(const Recipe &recipe, int64_t in, int64_t taps) : recipe_(recipe), in_(in), taps_(taps) {
+    channels_inner_ = taps > 1 && recipe.in_stride[0] == 1 && recipe.tap_stride[0] == in;
+    for (int j = 0; j < recipe.sources; ++j)
+      dense_[j] = lies_as_rows(recipe.in_stride[j], recipe.tap_stride[j]);
+  }
+
+  // Whether a tensor of these strides has the elements of an output channel in the order of the rows.
+  bool lies_as_rows(int64_t in_stride, int64_t tap_stride) const {
+    return channels_inner_ ? (in_ == 1 || in_stride == 1) && tap_stride == in_
+                           : (taps_ == 1 || tap_stride == 1) && (in_ == 1 || in_stride == taps_);
+  }
+
+  int64_t row_size() const { return in_ * taps_; }
+  int sources() const { return recipe_.sources; }
+  bool channels_inner() const { return channels_inner_; }
+  bool all_dense() const {
+    for (int j = 0; j < recipe_.sources; ++j)
+      if (!dense_[j])
+        return false;
+    return true;
+  }
+  T factor(int j, int64_t o) const {
+    return static_cast<const T *>(recipe_.coefficients)[j * recipe_.source_stride + o * recipe_.channel_stride];
+  }
+  // Row o of source j if its elements lie as the rows' do, else nullptr.
+  const S *dense_row(int j, int64_t o) const {
+    return dense_[j] ? static_cast<const S *>(recipe_.weight[j]) + o * recipe_.out_stride[j] : nullptr;
+  }
+  // How far the next row is from one of source j.
+  int64_t next_row(int j) const { return recipe_.out_stride[j]; }
+  // The input channel and tap of element q of a row.
+  void place(int64_t q, int64_t &i, int64_t &t) const {
+    i = channels_inner_ ? q % in_ : q / taps_;
+    t = channels_inner_ ? q / in_ : q % taps_;
+  }
+
+  // n elements of row o from q on: of source j as stored, gathered into `gathered` where they are not dense.
+  const S *source_row(int j, int64_t o, int64_t q, int64_t n, S *gathered) const {
+    if (const S *row = dense_row(j, o))
+      return row + q;
+    const S *row = static_cast<const S *>(recipe_.weight[j]) + o * recipe_.out_stride[j];
+    int64_t i, t;
+    place(q, i, t);
+    for (int64_t l = 0; l < n; ++l) {
+      gathered[l] = row[i * recipe_.in_stride[j] + t * recipe_.tap_stride[j]];
+      if (channels_inner_) {
+        if (++i == in_)
+          i = 0, ++t;
+      } else if (++t == taps_) {
+        t = 0, ++i;
+      }
+    }
+    return gathered;
+  }
+
+  static constexpr int64_t chunk = 256;
+
+  // Mixes n elements of row o from q on into out, and fetches what lies `ahead` elements further in each source: what
+  // the caller will mix after some other rows, too far apart for the CPU to foresee.
+  void row(int64_t o, int64_t q, int64_t n, T *out, int64_t ahead) const {
+    Vector<T> factors[max_sources], values[max_sources];
+    const int count = recipe_.sources;
+    for (int j = 0; j < count; ++j)
+      factors[j] = broadcast(factor(j, o));
+    const auto factor_of = [&](int j) { return factors[j]; };
+    S gathered[max_sources][chunk];
+    for (int64_t first = 0; first < n; first += chunk) {
+      const int64_t some = min(chunk, n - first);
+      int64_t l = 0;
+      const S *rows[max_sources];
+      for (int j = 0; j < count; ++j)
+        rows[j] = source_row(j, o, q + first, some, gathered[j]);
+      T *to = out + first;
+      const auto value = [&](int j) { return values[j]; };
+      if (count == 2) // Replacement Learning's case, without the loops over sources
+        for (; l + width<T> <= some; l += width<T>) {
+          __builtin_prefetch(rows[0] + l + ahead, 0, 2);
+          __builtin_prefetch(rows[1] + l + ahead, 0, 2);
+          values[0] = load(rows[0] + l);
+          values[1] = load(rows[1] + l);
+          store(to + l, rounded<X>(mix(2, value, factor_of)));
+        }
+      for (; l < some; l += width<T>) {
+        const bool whole = l + width<T> <= some;
+        for (int j = 0; j < count; ++j)
+          values[j] = whole ? load(rows[j] + l) : load_part(rows[j] + l, some - l);
+        const Vector<T> total = rounded<X>(mix(count, value, factor_of));
+        if (whole)
+          store(to + l, total);
+        else
+          store_part(to + l, total, some - l);
+      }
+    }
+  }
+
+  // The mixed bias of channel o, rounded to X; 0 without biases.
+  T bias(int64_t o) const {
+    if (recipe_.bias[0] == nullptr)
+      return 0;
+    const auto source = [&](int j) {
+      return load_one(static_cast<const S *>(recipe_.bias[j]) + o * recipe_.bias_stride[j]);
+    };
+    X result;
+    store_one(&result, mix(recipe_.sources, source, [&](int j) { return factor(j, o); }));
+    return load_one(&result);
+  }
+
+private:
+  const Recipe &recipe_;
+  int64_t in_, taps_;
+  bool channels_inner_;
+  bool dense_[max_sources];
+};
+
+// `count` rows of W at a time, mixed in registers a vector at a time: for who meets each element of W once. The
+// sources must be dense.
+template <class S, class X, int count> class MixedRows {
+public:
+  using T = Accumulate<X>;
+
+  // Rows o..o+some from element q on. Row o stands in for the rest, so that all loops may have a constant length.
+  MixedRows(const Mixed<S, X> &recipe, int64_t o, int64_t q, int some = count)
+      : sources_(recipe.sources()), ahead_(count * recipe.next_row(0)) {
+    for (int r = 0; r < count; ++r) {
+      const int64_t row = o + (r < some ? r : 0);
+      for (int j = 0; j < sources_; ++j) {
+        from_[r][j] = recipe.dense_row(j, row) + q;
+        factors_[r][j] = broadcast(recipe.factor(j, row));
+      }
+    }
+  }
+
+  // A vector of row r, `l` elements on, as `load` reads it.
+  template <class Load> Vector<T> operator()(int r, int64_t l, const Load &load) const {
+    // What the rows that come next will want.
+    __builtin_prefetch(from_[r][0] + l + ahead_, 0, 2);
+    __builtin_prefetch(from_[r][sources_ - 1] + l + ahead_, 0, 2);
+    const auto source = [&](int j) { return load(from_[r][j] + l); };
+    const auto factor = [&](int j) { return factors_[r][j]; };
+    return rounded<X>(mix_two_apart(sources_, source, factor));
+  }
+
+private:
+  int sources_;
+  int64_t ahead_;
+  const S *from_[count][max_sources];
+  Vector<T> factors_[count][max_sources];
+};
+
+} // namespace
+} // namespace rl_kernels::cpu
