@@ -107,10 +107,10 @@ def draw(kernels: Sequence[Kernel], path: Path) -> None:
 
 def _draw_bars(axis: Axes, group: Mapping[str, Mapping[str, float]]) -> None:
     for row, cycles in enumerate(group.values()):
-        for place, (limit, colour) in enumerate(COLOURS.items()):
+        for bar, (limit, colour) in enumerate(COLOURS.items()):
             fraction = min(1.0, cycles[PEAK] / cycles[limit]) if cycles[limit] > 0 else 1.0
             label = limit if row == 0 else None
-            axis.barh(row + 0.27 * (place - 1), fraction, height=0.25, color=colour, label=label)
+            axis.barh(row + 0.27 * (bar - 1), fraction, height=0.25, color=colour, label=label)
     axis.set_yticks(range(len(group)), list(group), fontsize=7)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)

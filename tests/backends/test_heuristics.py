@@ -87,7 +87,7 @@ def test_a_long_sum_of_few_tiles_is_split() -> None:
     assert waves(small, choose(small, WGRAD_CONFIGS, H100), H100) >= 0.5
     assert choose(small, WGRAD_CONFIGS, H100).splits > 1
     assert choose(wgrad(4096, 8192, 8192), WGRAD_CONFIGS, H100).splits == 1
-    assert choose(small._replace(most_splits=1), WGRAD_CONFIGS, H100).splits == 1
+    assert choose(small._replace(max_splits=1), WGRAD_CONFIGS, H100).splits == 1
 
 
 def test_taps_and_repeats_count() -> None:
@@ -100,7 +100,7 @@ def test_taps_and_repeats_count() -> None:
 
 
 def test_a_configuration_is_no_deeper_than_the_sum() -> None:
-    assert choose(forward(4096, 64, 3), PRODUCT_CONFIGS, H100).config.depth == heuristics.LEAST_DEPTH
+    assert choose(forward(4096, 64, 3), PRODUCT_CONFIGS, H100).config.depth == heuristics.MIN_DEPTH
     with use_config(PRODUCT_CONFIGS[0], 8):
         assert choose(forward(4096, 64, 24), PRODUCT_CONFIGS, H100).config.depth == 32
 
@@ -145,7 +145,7 @@ def test_a_table_goes_before_the_estimate(tmp_path: Path) -> None:
 
     table = tuner.tune(step, tmp_path / "table.json", seconds)
     assert table == {(work, H100): others[2]} == tuner.load(tmp_path / "table.json")
-    assert len(set(chosen)) == tuner.MOST
+    assert len(set(chosen)) == tuner.MAX_TIMED
     with heuristics.use_table(table):
         assert choose(work, PRODUCT_CONFIGS, H100)[:2] == others[2]
         assert choose(work, PRODUCT_CONFIGS, A100)[:2] == heuristics.candidates(work, PRODUCT_CONFIGS, A100)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import unittest.mock
 from collections.abc import Callable, Sequence
@@ -11,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.backends import reference
+from rl_kernels.backends import reference, triton
 from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.heuristics import H100, Config, use_config
 from rl_kernels.backends.triton import conv, depthwise
-from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS, RESIDENT_CONFIGS
-from rl_kernels.backends.triton.conv import CONV_CONFIGS, CONV_WGRAD_CONFIGS
+from rl_kernels.backends.triton.configs import CONV_CONFIGS, CONV_WGRAD_CONFIGS, FLOAT32_CONFIGS, RESIDENT_CONFIGS
 from rl_kernels.ops import shapes
+from rl_kernels.ops.values import Geometry
+from tests.backends.calling import run
 
+run_triton, run_reference = functools.partial(run, triton.BACKEND), functools.partial(run, reference.BACKEND)
 SMALL = Config(32, 16, 16, 4, 2)
 TINY = Config(16, 16, 16, 4, 2)
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -77,8 +80,8 @@ class Problem:
         source_dtype: torch.dtype | None = None,
     ):
         source_dtype = source_dtype or dtype
-        self.geometry = (list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups)
-        spatial = shapes.conv_output_size(shape.size, shape.kernel, *self.geometry[:3])
+        self.geometry = Geometry(list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups)
+        spatial = shapes.conv_output_size(shape.size, shape.kernel, self.geometry)
         self.x = torch.randn(shape.batch, shape.channels, *shape.size).to(dtype)
         self.dy = torch.randn(shape.batch, shape.out, *spatial).to(dtype)
         filters = (shape.out, shape.channels // shape.groups, *shape.kernel)
@@ -104,10 +107,10 @@ class Problem:
 
     def check_forward(self, biased: bool) -> None:
         x, _, weights, coefficients, biases = self.wide()
-        found = conv.mixed_conv(
-            self.x, self.weights, self.coefficients, self.biases if biased else None, *self.geometry
+        found = run_triton(
+            "mixed_conv", self.x, self.weights, self.coefficients, self.biases if biased else None, *self.geometry
         )
-        expected = reference.mixed_conv(x, weights, coefficients, biases if biased else None, *self.geometry)
+        expected = run_reference("mixed_conv", x, weights, coefficients, biases if biased else None, *self.geometry)
         assert_close(found, expected)
         memory_format = shapes.conv_memory_format(self.x, self.weights)
         assert found.stride() == torch.empty(found.shape, memory_format=memory_format).stride()
@@ -115,8 +118,8 @@ class Problem:
     def check_dgrad(self) -> None:
         _, dy, weights, coefficients, _ = self.wide()
         size = list(self.x.shape)
-        found = conv.mixed_conv_dgrad(self.dy, self.weights, self.coefficients, size, *self.geometry)
-        expected = reference.mixed_conv_dgrad(dy, weights, coefficients, size, *self.geometry)
+        found = run_triton("mixed_conv_dgrad", self.dy, self.weights, self.coefficients, size, *self.geometry)
+        expected = run_reference("mixed_conv_dgrad", dy, weights, coefficients, size, *self.geometry)
         assert_close(found, expected)
         memory_format = shapes.conv_memory_format(self.dy, self.weights)
         assert found.stride() == torch.empty(found.shape, memory_format=memory_format).stride()
@@ -127,7 +130,8 @@ class Problem:
         x, dy, weights, coefficients, biases = self.wide()
         masks = (weights_mask, coefficients_mask, biases_mask or ())
         biased = biases_mask is not None
-        found = conv.mixed_conv_wgrad(
+        found = run_triton(
+            "mixed_conv_wgrad",
             self.dy,
             self.x,
             self.weights,
@@ -136,8 +140,8 @@ class Problem:
             *masks,
             *self.geometry,
         )
-        expected = reference.mixed_conv_wgrad(
-            dy, x, weights, coefficients, biases if biased else None, *masks, *self.geometry
+        expected = run_reference(
+            "mixed_conv_wgrad", dy, x, weights, coefficients, biases if biased else None, *masks, *self.geometry
         )
         dtype = self.x.dtype
         memory_format = shapes.conv_memory_format(self.x, self.weights)
@@ -150,10 +154,8 @@ class Problem:
         assert found[1].shape == expected[1].shape
         if coefficients_mask:
             # A sum that cancels is measured by what is summed.
-            unit = reference.mixed_conv_wgrad(
-                dy, x, weights, torch.ones_like(coefficients), None, weights_mask=[True] * len(weights),
-                coefficients_mask=False, biases_mask=(), stride=self.geometry[0], padding=self.geometry[1],
-                dilation=self.geometry[2], groups=self.geometry[3],
+            unit = run_reference("mixed_conv_wgrad",
+                dy, x, weights, torch.ones_like(coefficients), None, [True] * len(weights), False, (), *self.geometry,
             )[0][0]  # fmt: skip
             sums = dy.sum([0, *range(2, dy.dim())]).norm() if biased else 0.0
             spread = torch.stack([(unit * w).norm() for w in weights]) + sums
@@ -291,7 +293,7 @@ def test_a_product() -> None:
         Shape(2, 6, 9, (2, 3, 2), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1)),
     ):
         problem = Problem(shape, per_channel=True).channels_last()
-        assert conv.is_product(problem.weights[0], *problem.geometry[:2], 1, problem.x, problem.dy)
+        assert conv.is_product(problem.weights[0], problem.geometry, problem.x, problem.dy)
         problem.check()
         problem.check_wgrad([True, False], False, [False, True])
         Problem(shape).check()
@@ -325,20 +327,36 @@ def test_nothing_to_sum(groups: int) -> None:
         problem = Problem(PLAIN._replace(batch=0, channels=channels, out=2 * groups, groups=groups))
         problem.check()
     problem = Problem(PLAIN._replace(channels=0, out=6))
-    y = conv.mixed_conv(problem.x, problem.weights, problem.coefficients, problem.biases, *problem.geometry)
+    y = run_triton("mixed_conv", problem.x, problem.weights, problem.coefficients, problem.biases, *problem.geometry)
     mixed = sum(c * bias for c, bias in zip(problem.coefficients, problem.biases, strict=True))
     torch.testing.assert_close(y, mixed.view(1, -1, 1, 1).expand_as(y))
     masks = ([True, True], True, [True, True])
-    _, dc, _ = conv.mixed_conv_wgrad(
-        problem.dy, problem.x, problem.weights, problem.coefficients, problem.biases, *masks, *problem.geometry
+    _, dc, _ = run_triton(
+        "mixed_conv_wgrad",
+        problem.dy,
+        problem.x,
+        problem.weights,
+        problem.coefficients,
+        problem.biases,
+        *masks,
+        *problem.geometry,
     )
     total = problem.dy.sum([0, 2, 3])
     torch.testing.assert_close(dc, torch.stack([total @ bias for bias in problem.biases]))
     problem = Problem(PLAIN._replace(out=0))
-    dx = conv.mixed_conv_dgrad(problem.dy, problem.weights, problem.coefficients, [*problem.x.shape], *problem.geometry)
+    dx = run_triton(
+        "mixed_conv_dgrad", problem.dy, problem.weights, problem.coefficients, [*problem.x.shape], *problem.geometry
+    )
     assert not bool(dx.any())
-    _, dc, _ = conv.mixed_conv_wgrad(
-        problem.dy, problem.x, problem.weights, problem.coefficients, problem.biases, *masks, *problem.geometry
+    _, dc, _ = run_triton(
+        "mixed_conv_wgrad",
+        problem.dy,
+        problem.x,
+        problem.weights,
+        problem.coefficients,
+        problem.biases,
+        *masks,
+        *problem.geometry,
     )
     assert not bool(dc.any())
 
@@ -349,7 +367,7 @@ def test_infinite_coefficients_stay_in_their_place() -> None:
         problem = Problem(shape)
         problem.x, problem.weights = problem.x.abs(), [weight.abs() for weight in problem.weights]
         problem.coefficients = torch.tensor([torch.inf, 1.0])
-        y = conv.mixed_conv(problem.x, problem.weights, problem.coefficients, None, *problem.geometry)
+        y = run_triton("mixed_conv", problem.x, problem.weights, problem.coefficients, None, *problem.geometry)
         assert bool((y == torch.inf).all())
 
 
@@ -359,7 +377,7 @@ def test_strided_dgrad_multiplies_no_zeros() -> None:
     problem.dy, problem.weights = problem.dy.abs(), [problem.weights[0].abs()]
     problem.coefficients = torch.ones(1)
     problem.weights[0][:, :, 1] = torch.inf
-    dx = conv.mixed_conv_dgrad(problem.dy, problem.weights, problem.coefficients, [1, 2, 6], *problem.geometry)
+    dx = run_triton("mixed_conv_dgrad", problem.dy, problem.weights, problem.coefficients, [1, 2, 6], *problem.geometry)
     assert bool((dx[..., ::2] == torch.inf).all()) and bool(dx[..., 1::2].isfinite().all())
 
 
@@ -368,7 +386,7 @@ def test_same_bits_every_time() -> None:
         problem = Problem(shape)
         with use_config(TINY._replace(rows=32, columns=32), 5):
             runs = [
-                conv.mixed_conv_wgrad(
+                run_triton("mixed_conv_wgrad",
                     problem.dy, problem.x, problem.weights, problem.coefficients, problem.biases,
                     (True, True), True, (True, True), *problem.geometry,
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.backends import reference
+from rl_kernels.backends import reference, triton
 from rl_kernels.backends.gpu.heuristics import Config, use_config
-from rl_kernels.backends.triton import linear
 from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS, PRODUCT_CONFIGS, WGRAD_CONFIGS
+from tests.backends.calling import run
 
+run_triton, run_reference = functools.partial(run, triton.BACKEND), functools.partial(run, reference.BACKEND)
 SHAPES = ((1, 13, 26), (13, 257, 1), (26, 1, 257), (257, 26, 13), (150, 130, 70))
 """Tokens, out_features, in_features."""
 SMALL = Config(32, 32, 16, 4, 2)
@@ -50,13 +52,13 @@ class Problem:
 
     def check_forward(self, biased: bool) -> None:
         x, _, weights, coefficients, biases = self.wide()
-        found = linear.mixed_linear(self.x, self.weights, self.coefficients, self.biases if biased else None)
-        assert_close(found, reference.mixed_linear(x, weights, coefficients, biases if biased else None))
+        found = run_triton("mixed_linear", self.x, self.weights, self.coefficients, self.biases if biased else None)
+        assert_close(found, run_reference("mixed_linear", x, weights, coefficients, biases if biased else None))
 
     def check_dgrad(self) -> None:
         _, dy, weights, coefficients, _ = self.wide()
-        found = linear.mixed_linear_dgrad(self.dy, self.weights, self.coefficients)
-        assert_close(found, reference.mixed_linear_dgrad(dy, weights, coefficients))
+        found = run_triton("mixed_linear_dgrad", self.dy, self.weights, self.coefficients)
+        assert_close(found, run_reference("mixed_linear_dgrad", dy, weights, coefficients))
 
     def check_wgrad(
         self, weights_mask: Sequence[bool], coefficients_mask: bool, biases_mask: Sequence[bool] | None
@@ -64,10 +66,16 @@ class Problem:
         x, dy, weights, coefficients, biases = self.wide()
         masks = (weights_mask, coefficients_mask, biases_mask or ())
         biased = biases_mask is not None
-        found = linear.mixed_linear_wgrad(
-            self.dy, self.x, self.weights, self.coefficients, self.biases if biased else None, *masks
+        found = run_triton(
+            "mixed_linear_wgrad",
+            self.dy,
+            self.x,
+            self.weights,
+            self.coefficients,
+            self.biases if biased else None,
+            *masks,
         )
-        expected = reference.mixed_linear_wgrad(dy, x, weights, coefficients, biases if biased else None, *masks)
+        expected = run_reference("mixed_linear_wgrad", dy, x, weights, coefficients, biases if biased else None, *masks)
         dtype = self.x.dtype
         for name, ours, truth in (
             *((f"weight {j}", a, b) for j, (a, b) in enumerate(zip(found[0], expected[0], strict=True))),
@@ -176,7 +184,7 @@ def test_infinite_coefficients_stay_in_their_place() -> None:
     problem.x, problem.weights = problem.x.abs(), [weight.abs() for weight in problem.weights]
     problem.coefficients = torch.tensor([torch.inf, 1.0])
     with use_config(SMALL):
-        y = linear.mixed_linear(problem.x, problem.weights, problem.coefficients, None)
+        y = run_triton("mixed_linear", problem.x, problem.weights, problem.coefficients, None)
     assert bool((y == torch.inf).all())
 
 
@@ -184,7 +192,7 @@ def test_a_zero_coefficient_does_not_hide_an_infinite_source() -> None:
     problem = Problem((3, 5, 20))
     problem.coefficients = torch.tensor([1.0, 0.0])
     problem.weights[1][2, 3] = torch.inf
-    y = linear.mixed_linear(problem.x, problem.weights, problem.coefficients, None)
+    y = run_triton("mixed_linear", problem.x, problem.weights, problem.coefficients, None)
     assert bool(y[:, 2].isnan().all()) and int(y.isnan().sum()) == 3
 
 
@@ -192,7 +200,8 @@ def test_same_bits_every_time() -> None:
     problem = Problem((257, 70, 130))
     with use_config(SMALL, 5):
         runs = [
-            linear.mixed_linear_wgrad(
+            run_triton(
+                "mixed_linear_wgrad",
                 problem.dy,
                 problem.x,
                 problem.weights,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.backends import reference
+from rl_kernels.backends import reference, triton
 from rl_kernels.backends.gpu.heuristics import Config, use_config
-from rl_kernels.backends.triton import conv, linear
+from tests.backends.calling import run
 
+run_triton, run_reference = functools.partial(run, triton.BACKEND), functools.partial(run, reference.BACKEND)
 FAR = (1 << 30) + 8
 """Elements between rows: the third one is out of a 32-bit offset's reach."""
 Spread = Callable[[Tensor], Tensor]
@@ -43,25 +45,25 @@ def test_linear(spread: Spread, splits: int) -> None:
     few = [weight[:3] for weight in weights]
     with use_config(Config(16, 16, 16, 4, 2), splits):
         assert_close(
-            linear.mixed_linear(spread(x), weights, coefficients, None),
-            reference.mixed_linear(x.double(), [w.double() for w in weights], coefficients.double(), None),
+            run_triton("mixed_linear", spread(x), weights, coefficients, None),
+            run_reference("mixed_linear", x.double(), [w.double() for w in weights], coefficients.double(), None),
         )
         assert_close(
-            linear.mixed_linear_dgrad(spread(dy), weights, coefficients),
-            reference.mixed_linear_dgrad(dy.double(), [w.double() for w in weights], coefficients.double()),
+            run_triton("mixed_linear_dgrad", spread(dy), weights, coefficients),
+            run_reference("mixed_linear_dgrad", dy.double(), [w.double() for w in weights], coefficients.double()),
         )
         assert_close(
-            linear.mixed_linear(x, [spread(few[0]), few[1]], coefficients, None),
-            reference.mixed_linear(x.double(), [w.double() for w in few], coefficients.double(), None),
+            run_triton("mixed_linear", x, [spread(few[0]), few[1]], coefficients, None),
+            run_reference("mixed_linear", x.double(), [w.double() for w in few], coefficients.double(), None),
         )
         masks = [True, True], True, []
-        found = linear.mixed_linear_wgrad(dy[:, :3], spread(x), few, coefficients, None, *masks)
+        found = run_triton("mixed_linear_wgrad", dy[:, :3], spread(x), few, coefficients, None, *masks)
         truth = (dy[:, :3].double(), x.double(), [w.double() for w in few], coefficients.double())
-        expected = reference.mixed_linear_wgrad(*truth, None, *masks)
+        expected = run_reference("mixed_linear_wgrad", *truth, None, *masks)
         for ours, right in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
             assert_close(ours, right)
         # The gradients come dense: only the source that is read for <G, W_j> is far apart.
-        found = linear.mixed_linear_wgrad(dy[:, :3], x, [spread(few[0]), few[1]], coefficients, None, *masks)
+        found = run_triton("mixed_linear_wgrad", dy[:, :3], x, [spread(few[0]), few[1]], coefficients, None, *masks)
         assert_close(found[1], expected[1])
 
 
@@ -74,16 +76,16 @@ def test_conv(spread: Spread, groups: int) -> None:
     wide = [w.double() for w in weights], coefficients.double()
     with use_config(Config(16, 16, 16, 4, 2)):
         assert_close(
-            conv.mixed_conv(spread(x), weights, coefficients, None, *geometry),
-            reference.mixed_conv(x.double(), *wide, None, *geometry),
+            run_triton("mixed_conv", spread(x), weights, coefficients, None, *geometry),
+            run_reference("mixed_conv", x.double(), *wide, None, *geometry),
         )
         assert_close(
-            conv.mixed_conv_dgrad(spread(dy), weights, coefficients, list(x.shape), *geometry),
-            reference.mixed_conv_dgrad(dy.double(), *wide, list(x.shape), *geometry),
+            run_triton("mixed_conv_dgrad", spread(dy), weights, coefficients, list(x.shape), *geometry),
+            run_reference("mixed_conv_dgrad", dy.double(), *wide, list(x.shape), *geometry),
         )
         masks = [True, True], True, []
-        found = conv.mixed_conv_wgrad(dy, spread(x), weights, coefficients, None, *masks, *geometry)
-        expected = reference.mixed_conv_wgrad(dy.double(), x.double(), *wide, None, *masks, *geometry)
+        found = run_triton("mixed_conv_wgrad", dy, spread(x), weights, coefficients, None, *masks, *geometry)
+        expected = run_reference("mixed_conv_wgrad", dy.double(), x.double(), *wide, None, *masks, *geometry)
         for ours, right in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
             assert_close(ours, right)
 
@@ -93,6 +95,8 @@ def test_resident(spread: Spread) -> None:
     geometry = [1, 1], [1, 1], [1, 1], 1
     with use_config(Config(16, 128, 16, 4, 2)):
         assert_close(
-            conv.mixed_conv(spread(x), weights, coefficients, None, *geometry),
-            reference.mixed_conv(x.double(), [w.double() for w in weights], coefficients.double(), None, *geometry),
+            run_triton("mixed_conv", spread(x), weights, coefficients, None, *geometry),
+            run_reference(
+                "mixed_conv", x.double(), [w.double() for w in weights], coefficients.double(), None, *geometry
+            ),
         )

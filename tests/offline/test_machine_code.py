@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from rl_kernels.backends.triton import offline
 from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS
-from rl_kernels.ops import schema
+from rl_kernels.ops.schema import OPS
 
 SHARED_STORES = {"sm_80": 8, "sm_90": 16, "sm_100": 16}
 """In the main loop of products at most: the mixed tile's trip through shared memory. A rise is a regression."""
@@ -30,7 +30,7 @@ NAMES = {
 @pytest.mark.parametrize("arch", offline.DEVICES)
 @pytest.mark.parametrize("kind", NAMES)
 def test_machine_code(kind: str, arch: str) -> None:
-    kernels = list(offline.kernels(arch, [op for op in schema.SCHEMAS if kind in op]))
+    kernels = list(offline.kernels(arch, [op for op in OPS if kind in op]))
     float32 = {"x".join(map(str, config)) for config in FLOAT32_CONFIGS}
     found = {kernel.name for kernel in kernels}
     assert found == NAMES[kind] | {"reduce_wgrad_kernel", "finish_coefficients_kernel"}

@@ -46,7 +46,7 @@ def _compiler() -> str:
 
 
 @functools.cache
-def _why_no_triton() -> str | None:
+def _missing() -> str | None:
     """Why there is no Triton that compiles these kernels; None where there is one."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -73,13 +73,13 @@ class Triton(Backend):
 
     def why_not(self, case: Case) -> str | None:
         """Triton, the dtype or the device; Triton's interpreter runs on CPU tensors."""
-        reason = _why_no_triton()
+        reason = _missing()
         if reason is not None:
             return reason
         if case.dtype not in DTYPES:
             return f"no kernel for {case.dtype_name}"
         if _is_interpreted():
-            return None if case.device == "cpu" else "interpreted (TRITON_INTERPRET=1): needs a CPU"
+            return None if case.device == "cpu" else "interpreted (TRITON_INTERPRET=1), on CPUs only"
         return None if case.device == "cuda" else "needs an NVIDIA GPU"
 
     def why_not_call(self, call: Call) -> str | None:

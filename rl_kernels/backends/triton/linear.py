@@ -203,9 +203,9 @@ def wgrad_kernel(
         g = dot(a, b, g, PRECISION, WIDEN)
     # Where the tile goes.
     if SPLIT:
-        partial += (split.to(tl.int64) * out_features + first_out) * in_features + first_in
+        corner = (split.to(tl.int64) * out_features + first_out) * in_features + first_in
         offsets = o[:, None] * in_features + i[None, :]
-        tl.store(partial + offsets, g, mask=in_rows[:, None] & in_columns[None, :])
+        tl.store(partial + corner + offsets, g, mask=in_rows[:, None] & in_columns[None, :])
     else:
         if PER_CHANNEL:
             part, parts = column, tl.cdiv(in_features, BLOCK_IN)

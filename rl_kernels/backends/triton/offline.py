@@ -105,8 +105,8 @@ def compiling_only(arch: str) -> Iterator[list[tuple[str, Any]]]:
     """Compile whatever is launched inside for ``arch``; the list fills with (name, compiled kernel)."""
     launch, active, found = JITFunction.run, driver._active, []
 
-    def compile_instead(self: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
-        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+    def compile_instead(self: Any, *arguments: Any, **options: Any) -> Any:
+        kernel = launch(self, *arguments, **{**options, "warmup": True})
         found.append((self.fn.__name__, kernel))
         return kernel
 
