@@ -91,7 +91,7 @@ class Cuda(Backend):
             return f"more than {MAX_GROUPS} groups"
         return _why_not_device(activation.device) if activation.is_cuda else None
 
-    def worse(self, case: Case, call: Call | None = None) -> str | None:  # noqa: ARG002
+    def worse(self, case: Case, call: Call | None = None) -> str | None:
         """Channels that do not lie together, of which 16 bytes cannot be copied at once, or few of them."""
         if call is None:
             return None

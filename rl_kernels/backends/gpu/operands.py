@@ -82,7 +82,8 @@ class GradientBuffers(NamedTuple):
         into: Sequence[Tensor | None] | None,
     ) -> GradientBuffers:
         """For the arguments of a wgrad; ``like`` allocates a gradient, unless ``into`` has one to add to."""
-        into = into or [None] * len(recipe.weights)
+        if into is None:
+            return cls(empty_gradients(like, recipe, wanted), wanted, (False,) * len(recipe.weights))
         new = [want and buffer is None for want, buffer in zip(wanted.weights, into, strict=True)]
         made = empty_gradients(like, recipe, wanted._replace(weights=new))
         weights = [empty if buffer is None else buffer for empty, buffer in zip(made.weights, into, strict=True)]
