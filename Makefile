@@ -9,7 +9,7 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h)
 TYPED := rl_kernels building $(wildcard benchmarks)
 
 # Two workers of one thread each: with torch's own threads on top they would wait for one another.
@@ -20,7 +20,7 @@ USE_CUDA ?= 0
 export USE_CUDA
 
 # What the C++ kernels for CPUs are built from; other builds of them than the environment's, in folders of their own.
-KERNELS := setup.py $(wildcard building/*.py csrc/*.cpp csrc/*.h csrc/cpu/*)
+KERNELS := setup.py $(wildcard building/*.py csrc/bindings/* csrc/cpu/*/*)
 BUILD_KERNELS := $(BIN)/python setup.py --quiet build_ext
 SANITIZERS := address,undefined
 SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_samples.py tests/ops/test_opcheck.py \

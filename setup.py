@@ -15,7 +15,6 @@ not be built, and says what it then lacks. Environment variables:
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -30,20 +29,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # builds by pyproject.toml leave it out
 
-from building import cuda  # noqa: E402
-from building.steps import CannotBuild, Compilation, Library  # noqa: E402
+from building import cpu, cuda  # noqa: E402
+from building.steps import CannotBuild, Library  # noqa: E402
 
 RECORD = "_build.json"  # beside the extension: what it was built for, read before it is loaded
 
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra", "-Wno-psabi"]
-# A product and a sum are rounded once where the machine can; nothing reads errno.
-KERNELS = ["-ffp-contract=fast", "-fno-math-errno"]
-X86 = {
-    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "kernels_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
-}
 OPENMP = {"darwin": ["-Xpreprocessor", "-fopenmp"]}
-WHERE_ACCEPTED = {"kernels_avx512": ["-mavx512bf16"]}
 
 LOST_CPP = """
 rl_kernels: the C++ kernels for CPUs were not built: {reason}
@@ -126,14 +118,8 @@ class BuildKernels(build_ext):
             "compiler": shlex.join(compiler),
             "options": options,
         }
-        sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
-        if scalar:
-            sources = [path for path in sources if path.stem not in X86]
-
         flags = [*COMMON, f'-DRL_KERNELS_TORCH="{torch.__version__}"', f'-DRL_KERNELS_OPTIONS="{options}"']
         flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-        flags += ["-DRL_KERNELS_SCALAR_ONLY"] * scalar
-        flags += [f"-I{ROOT / 'csrc'}"]
         # Headers of others, whose warnings are not ours.
         flags += [f"-isystem{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
         linking = ["-fvisibility=hidden", *(f"-L{path}" for path in cpp_extension.library_paths())]
@@ -149,40 +135,17 @@ class BuildKernels(build_ext):
             flags, linking = flags + checked, linking + checked
 
         kept = objects / "_".join(["kernels", *options.split()])
-        compilations = [
-            Compilation(path, kept / f"{path.stem}.o", (*compiler, *flags, *flags_of(path, compiler, bool(sanitizers))))
-            for path in sources
-        ]
         scripts = [Path(__file__), *ROOT.glob("building/*.py")]
         return Library(
             target=folder / f"_C{record['python']}",
             record=record,
             record_file=folder / RECORD,
-            watched=[*scripts, *ROOT.glob("csrc/*.*"), *ROOT.glob("csrc/cpu/*.*")],
+            watched=[*scripts, *cpu.watched()],
             folder=kept,
-            compilations=compilations,
+            compilations=cpu.compilations(compiler, flags, kept, scalar, bool(sanitizers)),
             linker=tuple(compiler),
             linking=tuple(linking),
         )
-
-
-def flags_of(path: Path, compiler: list[str], sanitized: bool) -> list[str]:
-    """The flags of one source file: optimisation, and the instructions that it may use."""
-    # Sanitized, the kernels take ten times as long to compile at -O3.
-    optimisation = "-O1" if sanitized else "-O3" if path.stem.startswith("kernels_") else "-O2"
-    if not path.stem.startswith("kernels_"):
-        return [optimisation]
-    flags = [optimisation, *KERNELS]
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        flags += X86.get(path.stem, [])
-        flags += [flag for flag in WHERE_ACCEPTED.get(path.stem, []) if accepts(compiler, flag)]
-    return flags
-
-
-def accepts(compiler: list[str], flag: str) -> bool:
-    """Whether the compiler knows ``flag``."""
-    command = [*compiler, "-Werror", flag, "-x", "c++", "-fsyntax-only", "-"]
-    return subprocess.run(command, input="", capture_output=True, text=True).returncode == 0
 
 
 def is_gcc(compiler: list[str]) -> bool:

@@ -25,7 +25,7 @@ HOW_TO_BUILD = "pip install --no-build-isolation -e ."
 """Beside torch and with a C++ compiler, in a checkout."""
 
 RECORD = "_build.json"
-SOURCES = ("*.cpp", "*.h", "cpu/*")
+SOURCES = ("bindings/*", "cpu/*/*")
 """What it is built from, in ``csrc``."""
 
 

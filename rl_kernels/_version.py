@@ -1,3 +1,3 @@
 """The package's version, for what is built beside it and for records."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

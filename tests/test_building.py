@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from building import cuda, steps
+from building import cpu, cuda, steps
 from building.steps import CannotBuild, Compilation, Library
 from rl_kernels.backends.cuda import extension
 
@@ -125,6 +125,41 @@ def test_a_file_for_one_architecture_is_compiled_a_type_at_a_time(
     assert elements == [[], [], ["-DRL_ELEMENT=0"], ["-DRL_ELEMENT=1"], ["-DRL_ELEMENT=2"]]
     assert found.record["architectures"] == "8.6" and found.record["rl_kernels"] == "1.2.3"
     assert found.record_file.name == extension.RECORD and found.target.name.startswith(extension.NAME + ".")
+
+
+@pytest.mark.parametrize(
+    ("machine", "scalar", "sets"),
+    [
+        ("x86_64", False, ["scalar", "avx2", "avx512"]),
+        ("x86_64", True, ["scalar"]),
+        ("aarch64", False, ["scalar"]),
+    ],
+)
+def test_the_kernels_are_compiled_once_an_instruction_set(
+    machine: str, scalar: bool, sets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu, "accepts", lambda compiler, flag: flag != "-mavx512bf16")
+    made = cpu.compilations(["c++"], ["-DPLAIN"], Path("objects"), scalar, sanitized=False)
+    assert len({step.object for step in made}) == len(made)
+    tables = [step for step in made if step.source == cpu.TABLE]
+    assert [step.object.stem for step in tables] == [f"kernels_{name}" for name in sets]
+    assert all({"-O3", "-DPLAIN", *cpu.KERNELS} <= set(step.command) for step in tables)
+    for step, isa in zip(tables, cpu.instruction_sets(scalar), strict=True):
+        assert set(isa.flags) <= set(step.command) and "-mavx512bf16" not in step.command
+    others = [step for step in made if step.source != cpu.TABLE]
+    assert {step.source for step in others} == {*cpu.CSRC.glob("bindings/*.cpp"), *cpu.CSRC.glob("cpu/torch/*.cpp")}
+    alone = "-DRL_KERNELS_SCALAR_ONLY"
+    assert all("-O2" in step.command and (alone in step.command) == (len(sets) == 1) for step in others)
+
+
+def test_what_is_watched_is_what_is_compiled() -> None:
+    watched = set(cpu.watched())
+    assert {step.source for step in cpu.compilations(["true"], [], Path("objects"), False, True)} <= watched
+    assert {path.parent for path in watched} == {
+        cpu.CSRC / "bindings",
+        *(cpu.CSRC / "cpu" / f for f in ("torch", "kernels")),
+    }
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiles C++; the package works without a compiler, too")

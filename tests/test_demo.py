@@ -15,12 +15,12 @@ from rich.console import Console
 import rl_kernels as rl
 from rl_kernels.__main__ import COMMANDS, main
 from rl_kernels.commands.demo import REPLACED, WHOLE, run_demo
-from rl_kernels.systems.digits import RECIPES, Digits, Recipe, build_model, load_digits, train
+from rl_kernels.systems.digits import SYSTEMS, Digits, System, build_model, load_digits, train
 from rl_kernels.systems.models import DigitsResNet, DigitsViT
 
 SMALL = {
-    "DigitsResNet": Recipe(lambda: DigitsResNet(4, (3, 5)), 1, 1, batch_size=256, learning_rate=5e-3),
-    "DigitsViT": Recipe(lambda: DigitsViT(dim=8, depth=5, heads=2), 1, 1, batch_size=256, learning_rate=3e-3),
+    "DigitsResNet": System(lambda: DigitsResNet(4, (3, 5)), 1, 1, batch_size=256, learning_rate=5e-3),
+    "DigitsViT": System(lambda: DigitsViT(dim=8, depth=5, heads=2), 1, 1, batch_size=256, learning_rate=3e-3),
 }
 
 
@@ -30,9 +30,9 @@ def digits() -> Digits:
 
 
 @pytest.fixture
-def small_recipes(monkeypatch):
-    for name, recipe in SMALL.items():
-        monkeypatch.setitem(RECIPES, name, recipe)
+def small_systems(monkeypatch):
+    for name, system in SMALL.items():
+        monkeypatch.setitem(SYSTEMS, name, system)
 
 
 def test_the_split_is_stratified_and_standardised(digits):
@@ -44,19 +44,19 @@ def test_the_split_is_stratified_and_standardised(digits):
     torch.testing.assert_close(*shares, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_models_map_images_to_logits_and_have_replaceable_blocks(name):
-    recipe = RECIPES[name]
-    assert build_model(recipe, seed=0)(torch.randn(3, 1, 8, 8)).shape == (3, 10)
-    whole, replaced = build_model(recipe, seed=0), build_model(recipe, seed=0, every=4)
+    system = SYSTEMS[name]
+    assert build_model(system, seed=0)(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+    whole, replaced = build_model(system, seed=0), build_model(system, seed=0, every=4)
     count = [sum(p.numel() for p in model.parameters()) for model in (whole, replaced)]
     assert count[1] < 0.9 * count[0]
 
 
 def test_variants_start_from_the_same_weights_and_leave_the_global_seed_alone():
-    recipe = SMALL["DigitsResNet"]
+    system = SMALL["DigitsResNet"]
     state = torch.get_rng_state()
-    whole, replaced = build_model(recipe, seed=3).state_dict(), build_model(recipe, seed=3, every=2).state_dict()
+    whole, replaced = build_model(system, seed=3).state_dict(), build_model(system, seed=3, every=2).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
     shared = [key for key in replaced if key in whole]
     assert len(shared) > len(whole) // 2
@@ -67,7 +67,7 @@ def test_variants_start_from_the_same_weights_and_leave_the_global_seed_alone():
 @pytest.mark.parametrize("every", [None, 2], ids=["whole", "replaced"])
 def test_training_learns_and_repeats_bit_for_bit(digits, every):
     def run():
-        model = build_model(Recipe(lambda: DigitsResNet(8, (3,)), 3, 3, 64, 5e-3), seed=0, every=every)
+        model = build_model(System(lambda: DigitsResNet(8, (3,)), 3, 3, 64, 5e-3), seed=0, every=every)
         steps = []
         history = train(
             model, digits, epochs=3, seed=0, batch_size=64, learning_rate=5e-3, on_step=lambda: steps.append(1)
@@ -85,7 +85,7 @@ def test_training_learns_and_repeats_bit_for_bit(digits, every):
     assert (again.train_loss, again.test_accuracy) == (history.train_loss, history.test_accuracy)
 
 
-def test_demo_reports_and_writes_everything(small_recipes, tmp_path):
+def test_demo_reports_and_writes_everything(small_systems, tmp_path):
     threads = torch.get_num_threads()
     console = Console(file=io.StringIO(), width=80)
     results = run_demo(tmp_path / "new" / "folder", seeds=2, every=2, console=console)
@@ -109,10 +109,10 @@ def test_demo_reports_and_writes_everything(small_recipes, tmp_path):
         "epochs": {"DigitsResNet": 1, "DigitsViT": 1},
     }
     assert record["versions"]["torch"] == torch.__version__ and record["machine"]["cores"] >= 1
-    assert set(record["plans"]) == set(record["recipes"]) == set(RECIPES)
+    assert set(record["plans"]) == set(record["systems"]) == set(SYSTEMS)
     assert record["seconds"] > 0 and any("mixed_linear" in line for line in record["backends"])
     assert [(r["model"], r["variant"]) for r in record["results"]] == [
-        (name, variant) for name in RECIPES for variant in (WHOLE, REPLACED)
+        (name, variant) for name in SYSTEMS for variant in (WHOLE, REPLACED)
     ]
     for whole, replaced in zip(record["results"][::2], record["results"][1::2], strict=True):
         assert replaced["parameters"] < whole["parameters"]
@@ -126,7 +126,7 @@ def test_demo_reports_and_writes_everything(small_recipes, tmp_path):
             assert len(run["step_seconds"]) == 6
 
 
-def test_command_line_runs_the_demo(small_recipes, tmp_path):
+def test_command_line_runs_the_demo(small_systems, tmp_path):
     result = CliRunner().invoke(
         main, ["demo", "--quick", "--seeds", "1", "--every", "2", "--output", str(tmp_path)], catch_exceptions=False
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rl_kernels.backends import cpu, reference, selection, streamed
+from rl_kernels.backends import cpu, cuda, reference, selection, streamed, triton
 from rl_kernels.backends.case import Case
 from rl_kernels.backends.contract import Backend
 from rl_kernels.backends.selection import register, registered
@@ -17,21 +17,8 @@ from rl_kernels.ops.values import Call
 __all__ = ["Backend", "Case", "Service", "Services", "register", "registered", "services"]
 
 # In the order in which auto tries them.
-register(cpu.BACKEND)
-try:  # temporary
-    from rl_kernels.backends import triton
-
-    register(triton.BACKEND)
-except (ImportError, AttributeError):
-    pass
-try:  # temporary
-    from rl_kernels.backends import cuda
-
-    register(cuda.BACKEND)
-except (ImportError, AttributeError):
-    pass
-register(streamed.BACKEND)
-register(reference.BACKEND)
+for _module in (cpu, triton, cuda, streamed, reference):
+    register(_module.BACKEND)
 
 
 def _implement(op: Op) -> None:

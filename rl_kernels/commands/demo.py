@@ -1,6 +1,6 @@
 """``python -m rl_kernels demo``: two small networks trained on real digits, whole and with blocks replaced.
 
-:func:`run_demo` trains every model of :mod:`rl_kernels.recipes.digits` end to end and replaced, from the same seeds,
+:func:`run_demo` trains every model of :mod:`rl_kernels.systems.digits` end to end and replaced, from the same seeds,
 and leaves a table on the terminal, a plot and a JSON record.
 """
 
@@ -28,10 +28,10 @@ from rich.table import Table
 import rl_kernels as rl
 from rl_kernels._machine import machine, versions
 from rl_kernels.systems.digits import (
-    RECIPES,
+    SYSTEMS,
     Digits,
     History,
-    Recipe,
+    System,
     build_model,
     load_digits,
     make_optimizer,
@@ -55,7 +55,7 @@ class Result:
     """One variant of one model, over all seeds.
 
     Attributes:
-        model: name of the recipe.
+        model: name of the system.
         variant: ``"end-to-end"`` or ``"replaced"``.
         parameters: number of trainable numbers.
         peak_bytes: most memory held during a training step: parameters, buffers, optimizer state, gradients,
@@ -109,11 +109,11 @@ class Result:
         }
 
 
-def peak_of_a_step(recipe: Recipe, data: Digits, every: int | None) -> int:
+def peak_of_a_step(system: System, data: Digits, every: int | None) -> int:
     """Measure the most memory held during a training step, in bytes: the model, the optimizer's state and the rest."""
-    model = build_model(recipe, seed=0, every=every)
-    optimizer = make_optimizer(model, recipe.learning_rate, recipe.weight_decay)
-    images, labels = data.train_images[: recipe.batch_size], data.train_labels[: recipe.batch_size]
+    model = build_model(system, seed=0, every=every)
+    optimizer = make_optimizer(model, system.learning_rate, system.weight_decay)
+    images, labels = data.train_images[: system.batch_size], data.train_labels[: system.batch_size]
     training_step(model, optimizer, images, labels)
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + optimizer_bytes(optimizer)
     return held + peak_memory(lambda: training_step(model, optimizer, images, labels), images.device)
@@ -128,14 +128,14 @@ def run_demo(
     epochs: int | None = None,
     console: Console | None = None,
 ) -> list[Result]:
-    """Train every recipe end to end and replaced, report on ``console``, and write a plot and a record.
+    """Train every system end to end and replaced, report on ``console``, and write a plot and a record.
 
     Args:
         output: folder for ``demo.png`` and ``demo.json``; made where it is missing.
         quick: fewer epochs and seeds, for a first look.
         seeds: number of seeds; 3 by default, 2 when quick.
         every: of the replaced variant, as in :func:`rl_kernels.plan`.
-        epochs: passes over the data, instead of each recipe's own number.
+        epochs: passes over the data, instead of each system's own number.
         console: where the report goes; the terminal by default.
 
     Returns:
@@ -155,7 +155,7 @@ def run_demo(
     console = console or Console()
     if seeds is None:
         seeds = 2 if quick else 3
-    lengths = {name: epochs or (recipe.quick_epochs if quick else recipe.epochs) for name, recipe in RECIPES.items()}
+    lengths = {name: epochs or (system.quick_epochs if quick else system.epochs) for name, system in SYSTEMS.items()}
     plans = make_plans(every)
     for name, plan in plans.items():
         console.rule(name)
@@ -165,14 +165,14 @@ def run_demo(
     with one_thread():
         results = train_all(load_digits(), every, seeds, lengths, console)
         record = {
-            "schema": 1,
+            "schema": 2,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(),
             "versions": versions("numpy", "scikit-learn", "matplotlib"),
             "arguments": {"quick": quick, "seeds": seeds, "every": every, "epochs": lengths},
-            "recipes": {
-                name: {key: value for key, value in dataclasses.asdict(recipe).items() if key != "build"}
-                for name, recipe in RECIPES.items()
+            "systems": {
+                name: {key: value for key, value in dataclasses.asdict(system).items() if key != "build"}
+                for name, system in SYSTEMS.items()
             },
             "backends": str(rl.services()).splitlines(),
             "plans": {name: json.loads(plan.to_json()) for name, plan in plans.items()},
@@ -187,8 +187,8 @@ def run_demo(
 
 
 def make_plans(every: int) -> dict[str, rl.Plan]:
-    """Plan the replacements of each recipe's model; raises ValueError where there are none."""
-    return {name: rl.plan(recipe.build(), every=every) for name, recipe in RECIPES.items()}
+    """Plan the replacements of each system's model; raises ValueError where there are none."""
+    return {name: rl.plan(system.build(), every=every) for name, system in SYSTEMS.items()}
 
 
 @contextmanager
@@ -206,21 +206,21 @@ def one_thread() -> Iterator[None]:
 
 
 def train_all(data: Digits, every: int, seeds: int, lengths: dict[str, int], console: Console) -> list[Result]:
-    """Train every variant of every recipe from every seed, with a progress bar and a line a run.
+    """Train every variant of every system from every seed, with a progress bar and a line a run.
 
     Args:
         data: the digits.
         every: of the replaced variant.
         seeds: number of seeds, counted from 0.
-        lengths: epochs of each recipe.
+        lengths: epochs of each system.
         console: where the progress goes.
     """
     variants = {WHOLE: None, REPLACED: every}
     results = []
-    for name, recipe in RECIPES.items():
+    for name, system in SYSTEMS.items():
         for variant, spacing in variants.items():
-            parameters = sum(p.numel() for p in build_model(recipe, 0, spacing).parameters() if p.requires_grad)
-            results.append(Result(name, variant, parameters, peak_of_a_step(recipe, data, spacing)))
+            parameters = sum(p.numel() for p in build_model(system, 0, spacing).parameters() if p.requires_grad)
+            results.append(Result(name, variant, parameters, peak_of_a_step(system, data, spacing)))
 
     progress = Progress(
         TextColumn("{task.description}"),
@@ -231,21 +231,21 @@ def train_all(data: Digits, every: int, seeds: int, lengths: dict[str, int], con
         console=console,
         transient=True,
     )
-    steps = sum(lengths[name] * steps_per_epoch(data, recipe.batch_size) for name, recipe in RECIPES.items())
+    steps = sum(lengths[name] * steps_per_epoch(data, system.batch_size) for name, system in SYSTEMS.items())
     with progress:
         task = progress.add_task("", total=steps * len(variants) * seeds)
         # The variants take turns, so that a machine that slows down slows both.
         for seed, result in itertools.product(range(seeds), results):
             progress.update(task, description=f"{result.model}, {result.variant}, seed {seed}")
-            recipe = RECIPES[result.model]
+            system = SYSTEMS[result.model]
             history = train(
-                build_model(recipe, seed, variants[result.variant]),
+                build_model(system, seed, variants[result.variant]),
                 data,
                 epochs=lengths[result.model],
                 seed=seed,
-                batch_size=recipe.batch_size,
-                learning_rate=recipe.learning_rate,
-                weight_decay=recipe.weight_decay,
+                batch_size=system.batch_size,
+                learning_rate=system.learning_rate,
+                weight_decay=system.weight_decay,
                 on_step=lambda: progress.advance(task),
             )
             result.runs.append(history)

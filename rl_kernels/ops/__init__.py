@@ -19,6 +19,7 @@ An op's file may be changed alone: what it declares is all that others see of it
 ``autograd.py``, for every way.
 """
 
-from rl_kernels.ops import conv, linear, registration
+from rl_kernels.ops import linear  # isort: skip  (declared first, and listed first)
+from rl_kernels.ops import conv, registration
 
 __all__ = ["conv", "linear", "registration"]

@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rl_kernels as rl
+from rl_kernels._moved import renamed
 from rl_kernels.systems.models import DigitsResNet, DigitsViT
 
 
@@ -31,7 +32,7 @@ class Digits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class System:
     """How a model is built and trained; ``quick_epochs`` is for a first look."""
 
     build: Callable[[], nn.Module]
@@ -42,9 +43,9 @@ class Recipe:
     weight_decay: float = 0.05
 
 
-RECIPES = {
-    "DigitsResNet": Recipe(DigitsResNet, epochs=10, quick_epochs=3, batch_size=64, learning_rate=5e-3),
-    "DigitsViT": Recipe(DigitsViT, epochs=8, quick_epochs=3, batch_size=48, learning_rate=4e-3),
+SYSTEMS = {
+    "DigitsResNet": System(DigitsResNet, epochs=10, quick_epochs=3, batch_size=64, learning_rate=5e-3),
+    "DigitsViT": System(DigitsViT, epochs=8, quick_epochs=3, batch_size=48, learning_rate=4e-3),
 }
 
 
@@ -92,14 +93,14 @@ def load_digits(test_fraction: float = 0.2, seed: int = 0) -> Digits:
     return Digits((train_images - mean) / std, train_labels, (test_images - mean) / std, test_labels)
 
 
-def build_model(recipe: Recipe, seed: int, every: int | None = None) -> nn.Module:
-    """Build a recipe's model from a seed, whole or with a block in ``every`` replaced.
+def build_model(system: System, seed: int, every: int | None = None) -> nn.Module:
+    """Build a system's model from a seed, whole or with a block in ``every`` replaced.
 
     What stays has the same initial weights either way. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = recipe.build()
+        model = system.build()
     return model if every is None else rl.replace(model, rl.plan(model, every=every))
 
 
@@ -195,3 +196,7 @@ def train(
         history.test_accuracy.append(accuracy(model, test_images, test_labels))
     history.optimizer_bytes = optimizer_bytes(optimizer)
     return history
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name, {"Recipe": ("System", System), "RECIPES": ("SYSTEMS", SYSTEMS)})

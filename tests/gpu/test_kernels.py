@@ -8,20 +8,21 @@ from torch import Tensor, nn
 
 import rl_kernels as rl
 from rl_kernels.backends import Case, registered
-from rl_kernels.ops import schema
+from rl_kernels.ops.schema import OPS
+from rl_kernels.qualify import correctness
 from rl_kernels.testing import peak_memory
 
 MEBI = 1 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("op", schema.SCHEMAS)
+@pytest.mark.parametrize("op", OPS)
 def test_right_and_deterministic_in_every_configuration(name: str, op: str, dtype: torch.dtype) -> None:
     """The checks of ``qualify``: odd shapes, all gradients, each configuration, the same bits twice."""
     backend = next(backend for backend in registered() if backend.name == name)
     case, device = Case(op, "cuda", dtype), torch.device("cuda")
     with torch.no_grad():
-        assert list(command.failures(backend, command.tests_of(backend, case), case, device)) == []
+        assert list(correctness.failures(backend, correctness.trials_of(backend, case), case, device)) == []
 
 
 def linear_and_conv() -> nn.Module:

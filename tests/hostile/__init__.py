@@ -20,7 +20,7 @@ SPATIAL = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 MIXED: list[Any] = [F.mixed_linear, F.mixed_conv1d, F.mixed_conv2d, F.mixed_conv3d]
 PLAIN: list[Any] = [getattr(nn.functional, name) for name in SPATIAL]
 LEFT_OUT = "cpu by way of Python"
-"""The C++ kernels, called by the formulas of ``_autograd.py`` and not by the fast path."""
+"""The C++ kernels, called by the formulas of ``ops/autograd.py`` and not by the fast path."""
 
 
 def _backends() -> list[Any]:

@@ -1,4 +1,4 @@
-"""The four ways a call can take (rl_kernels/_autograd.py): each one is taken where it should be, and is right."""
+"""The four ways a call can take (rl_kernels/ops/ways.py): each one is taken where it should be, and is right."""
 
 from typing import Any
 

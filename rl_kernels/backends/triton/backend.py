@@ -91,11 +91,11 @@ class Triton(Backend):
             return f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
         return None
 
-    def worse(self, case: Case, call: Call | None = None) -> str | None:  # noqa: ARG002
+    def worse(self, case: Case, call: Call | None = None) -> str | None:
         """Triton's interpreter is for tests."""
         return "interpreted (TRITON_INTERPRET=1)" if _is_interpreted() else None
 
-    def exceptions(self, case: Case) -> str | None:  # noqa: ARG002
+    def exceptions(self, case: Case) -> str | None:
         """The number of sources."""
         return f"not more than {MAX_SOURCES} sources"
 

@@ -1,6 +1,16 @@
-// What the compiler does not make of plain vector code, for vector.h: float16 conversions by F16C, half a vector of
-// floats as doubles, and the first n elements of a vector by AVX-512's masks. Included only where these instructions
-// are targeted.
+// What the compiler does not make of plain vector code: float16 conversions by F16C, half a vector of floats as
+// doubles, and the first n elements of a vector by AVX-512's masks. Empty where these instructions are not targeted.
+#pragma once
+
+#include "vector_types.h"
+
+#include <cstdint>
+
+#if RLK_VECTOR_BYTES > 16
+#include <immintrin.h>
+
+namespace rl_kernels::cpu {
+namespace {
 
 inline Vector<float> load(const Float16 *p) {
 #if RLK_VECTOR_BYTES == 64
@@ -38,4 +48,8 @@ inline void store_part(float *p, Vector<float> v, int64_t n) {
 inline void store_part(double *p, Vector<double> v, int64_t n) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
 }
+#endif
+
+} // namespace
+} // namespace rl_kernels::cpu
 #endif

@@ -1,4 +1,4 @@
-// The CPU ops on torch tensors: what rl_kernels/_ops.py declares, computed by the kernels of kernels.h.
+// The CPU ops on torch tensors, as their schemas declare them, computed by the kernels of csrc/cpu/kernels.
 //
 // Arguments are those of the schemas and have passed their checks. A function allocates its outputs, describes the
 // problem in raw pointers and runs it in one parallel region on torch's own threads.
@@ -6,7 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -34,11 +34,11 @@ struct Wanted {
 };
 
 // Why the kernels cannot compute a call; nullptr where they can. Cheap: types, devices and strides are looked at only.
-const char *refuses_linear(const at::Tensor &activation, const Tensors &weights);
-const char *refuses_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry);
+const char *why_not_linear(const at::Tensor &activation, const Tensors &weights);
+const char *why_not_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry);
 // Why the vendor's kernels on mixed panels do better on a call that the kernels can compute; nullptr where they do not.
-const char *slower_linear(const at::Tensor &activation, const Tensors &weights);
-const char *slower_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry);
+const char *worse_linear(const at::Tensor &activation, const Tensors &weights);
+const char *worse_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry);
 
 // Of a convolution's results. torch's rule: channels_last where the activation is, or the first source.
 at::MemoryFormat memory_format(const at::Tensor &activation, const Tensors &weights);

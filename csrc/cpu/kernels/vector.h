@@ -1,44 +1,20 @@
-// Vectors of RLK_VECTOR_BYTES bytes in the compiler's own vector types, and the conversions between element types.
-//
-// Included by kernels_*.cpp inside an unnamed namespace, after RLK_VECTOR_BYTES is set for the instruction set. Only
-// x86.h knows an intrinsic; everything else is left to the compiler, on any machine.
+// What vectors can do: loads and stores with conversions, sums, dot products, transposes. Only x86.h knows an
+// intrinsic; everything here is left to the compiler, on any machine.
+#pragma once
 
-template <class T> struct VectorOf;
-template <> struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(RLK_VECTOR_BYTES)));
-  typedef float unaligned __attribute__((vector_size(RLK_VECTOR_BYTES), aligned(4), may_alias));
-  typedef int32_t mask __attribute__((vector_size(RLK_VECTOR_BYTES)));
-};
-template <> struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(RLK_VECTOR_BYTES)));
-  typedef double unaligned __attribute__((vector_size(RLK_VECTOR_BYTES), aligned(8), may_alias));
-  typedef int64_t mask __attribute__((vector_size(RLK_VECTOR_BYTES)));
-};
-template <class T> using Vector = typename VectorOf<T>::type;
-template <class T> using Mask = typename VectorOf<T>::mask;
+#include "vector_types.h"
+#include "x86.h"
 
-template <class T> constexpr int width = RLK_VECTOR_BYTES / int(sizeof(T));
+#include <cstddef>
+#include <cstdint>
 
-typedef uint32_t Words __attribute__((vector_size(RLK_VECTOR_BYTES)));
-typedef uint16_t Halves __attribute__((vector_size(RLK_VECTOR_BYTES / 2)));
-typedef uint16_t UnalignedHalves __attribute__((vector_size(RLK_VECTOR_BYTES / 2), aligned(2), may_alias));
+namespace rl_kernels::cpu {
+namespace {
 
-// The bits of a half-precision number; two types, so that overloads tell them apart.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// The type in which elements of type X are mixed, multiplied and summed.
-template <class X> struct AccumulateOf {
-  using type = float;
-};
-template <> struct AccumulateOf<double> {
-  using type = double;
-};
-template <class X> using Accumulate = typename AccumulateOf<X>::type;
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 inline Vector<float> load(const float *p) { return *reinterpret_cast<const VectorOf<float>::unaligned *>(p); }
 inline Vector<double> load(const double *p) { return *reinterpret_cast<const VectorOf<double>::unaligned *>(p); }
@@ -57,9 +33,7 @@ inline Halves to_bfloat16(Vector<float> v) {
 }
 inline void store(BFloat16 *p, Vector<float> v) { *reinterpret_cast<UnalignedHalves *>(p) = to_bfloat16(v); }
 
-#if defined(__F16C__)
-#include "x86.h"
-#else
+#if RLK_VECTOR_BYTES == 16
 // Half a vector of floats as doubles.
 inline Vector<double> load_wide(const float *p) {
   typedef float Part __attribute__((vector_size(RLK_VECTOR_BYTES / 2), aligned(4), may_alias));
@@ -143,19 +117,11 @@ template <class T> inline T sum(Vector<T> v) {
   return lanes[0];
 }
 
-// Converts n elements to the type they are multiplied in.
-template <class T, class X> inline void convert(const X *from, int64_t n, T *to) {
+// Converts n elements to the type that they are multiplied in, or sums to their result's.
+template <class From, class To> inline void convert(const From *from, int64_t n, To *to) {
+  constexpr int w = width<Accumulate<From>>;
   int64_t l = 0;
-  for (; l + width<T> <= n; l += width<T>)
-    store(to + l, load(from + l));
-  if (l < n)
-    store_part(to + l, load_part(from + l, n - l), n - l);
-}
-
-// Converts n sums to their result's type.
-template <class T, class X> inline void convert_down(const T *from, int64_t n, X *to) {
-  int64_t l = 0;
-  for (; l + width<T> <= n; l += width<T>)
+  for (; l + w <= n; l += w)
     store(to + l, load(from + l));
   if (l < n)
     store_part(to + l, load_part(from + l, n - l), n - l);
@@ -187,7 +153,7 @@ inline double dot(const float *a, const float *b, int64_t n) {
   return total;
 }
 
-template <class T> inline Vector<T> shuffle(Vector<T> a, Vector<T> b, Mask<T> lanes) {
+template <class T> inline Vector<T> shuffle(Vector<T> a, Vector<T> b, Lanes<T> lanes) {
 #if defined(__clang__)
   Vector<T> result;
   for (int l = 0; l < width<T>; ++l)
@@ -202,7 +168,7 @@ template <class T> inline Vector<T> shuffle(Vector<T> a, Vector<T> b, Mask<T> la
 template <class T, int s = 1> inline void transpose(Vector<T> (&rows)[width<T>]) {
   constexpr int n = width<T>;
   if constexpr (s < n) {
-    Mask<T> upper, lower;
+    Lanes<T> upper, lower;
     for (int l = 0; l < n; ++l) {
       upper[l] = l & s ? n + l - s : l;
       lower[l] = l & s ? n + l : l + s;
@@ -218,7 +184,5 @@ template <class T, int s = 1> inline void transpose(Vector<T> (&rows)[width<T>])
   }
 }
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+} // namespace
+} // namespace rl_kernels::cpu

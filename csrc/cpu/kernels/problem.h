@@ -1,7 +1,4 @@
-// What ops.cpp and the kernels agree on: raw pointers, sizes and strides; no torch here.
-//
-// The kernels are compiled once for each instruction set (kernels_*.cpp), everything of theirs in an unnamed namespace,
-// so that no function compiled for a newer CPU can be linked in for an older one. Sizes and strides are in elements.
+// What csrc/cpu/torch and the kernels agree on: raw pointers, sizes and strides in elements; no torch here.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +19,7 @@ struct Team {
 };
 
 // The most scratch that a thread asks for.
-constexpr size_t scratch_bytes = size_t{15} << 18; // 3.75 MiB
+constexpr size_t max_scratch_bytes = size_t{15} << 18; // 3.75 MiB
 
 // The recipe W[o, i, t] = sum_j c_j(o) * W_j[o, i, t]; t runs over the kernel's taps (one for a linear layer).
 struct Recipe {
@@ -36,8 +33,8 @@ struct Recipe {
   int64_t bias_stride[max_sources];
 };
 
-// What wgrad writes; a null pointer is not wanted.
-struct Gradients {
+// Where wgrad writes; a null pointer is not wanted.
+struct WgradOutputs {
   void *weight[max_sources];                 // in the sources' type
   int64_t out_stride, in_stride, tap_stride; // the same for every source
   void *coefficients;                        // laid out as (N,) or (N, out), in their type
@@ -55,12 +52,14 @@ struct Linear {
   const void *dy;
   int64_t dy_stride;
   void *out; // y or dx, contiguous
-  Gradients gradients;
+  WgradOutputs gradients;
   double *dots; // wgrad: linear_dots(...) doubles of scratch
 };
 
-// So few rows of an activation that a call is bound by reading the sources.
-constexpr int64_t few_rows = 8;
+// Up to so many rows of an activation a call is bound by reading the sources.
+constexpr int64_t max_few_rows = 8;
+
+namespace { // as all that the instruction sets share: see instruction_set.h
 
 // wgrad finishes this many columns at once, and keeps their share of <G, W_j> apart until all are done.
 inline int64_t linear_dots_columns(size_t element_bytes) { return 4096 / int64_t(element_bytes); }
@@ -68,6 +67,8 @@ inline int64_t linear_dots(int64_t n, int64_t k, int sources, size_t element_byt
   const int64_t columns = linear_dots_columns(element_bytes);
   return (((k + columns - 1) / columns + threads) * sources + 1) * n;
 }
+
+} // namespace
 
 // A tensor (batch, channels, depth, height, width) of a convolution; missing dimensions have size 1.
 struct Volume {
@@ -84,19 +85,20 @@ struct Conv {
   const void *input; // x, or dy for dgrad
   const void *dy;    // wgrad
   void *out;
-  Gradients gradients;
+  WgradOutputs gradients;
   double *dots;        // wgrad: (sources + 1) * output channels doubles of scratch
   void *partials;      // wgrad: conv_partials bytes of scratch
   const void *product; // wgrad: G as conv_mix lays W out, where it is there already; else nullptr
 };
 
+// The kernels of one instruction set.
 struct Kernels {
   const char *name;
   void (*linear_forward)(const Linear &, const Team &);
   void (*linear_dgrad)(const Linear &, const Team &);
   void (*linear_wgrad)(const Linear &, const Team &);
-  // dgrad and wgrad in one pass over the sources, for few_rows rows at most; false, and nothing done, where the sources
-  // do not lie so.
+  // dgrad and wgrad in one pass over the sources, for max_few_rows rows at most; false, and nothing done, where the
+  // sources do not lie so.
   bool (*linear_backward)(const Linear &, const Team &);
   void (*conv_forward)(const Conv &, const Team &);
   void (*conv_dgrad)(const Conv &, const Team &);
@@ -110,7 +112,7 @@ struct Kernels {
   bool (*conv_fits)(const Conv &);
 };
 
-// Null where the build or the machine lacks the instruction set.
+// Null where the machine lacks the instruction set.
 const Kernels *kernels_scalar();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();

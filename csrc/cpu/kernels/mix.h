@@ -1,10 +1,33 @@
-// The recipe: the one place where W = sum_j c_j * W_j is evaluated, and where G becomes the gradients of its parts.
+// The recipe: the one place where W = sum_j c_j * W_j is evaluated. Another recipe is another mix() here, and another
+// finish_row() in gradients.h.
+#pragma once
 
-// Terms in source order, as every backend adds them.
-template <class T> inline Vector<T> mix(const Vector<T> *sources, const Vector<T> *factors, int n) {
-  Vector<T> total = sources[0] * factors[0];
-  for (int j = 1; j < n; ++j)
-    total += sources[j] * factors[j];
+#include "problem.h"
+#include "vector.h"
+
+#include <cstdint>
+
+namespace rl_kernels::cpu {
+namespace {
+
+// Terms in source order, as every backend adds them; source(j) and factor(j) are numbers or vectors of them.
+template <class Source, class Factor> inline auto mix(int sources, const Source &source, const Factor &factor) {
+  auto total = source(0) * factor(0);
+  for (int j = 1; j < sources; ++j)
+    total += source(j) * factor(j);
+  return total;
+}
+
+// The same with Replacement Learning's case of two sources apart, for who mixes a vector a row. Two functions, since
+// which product of the first sum is fused depends on the branch, and the last bit of W on that.
+template <class Source, class Factor>
+inline auto mix_two_apart(int sources, const Source &source, const Factor &factor) {
+  auto total = source(0) * factor(0);
+  if (sources == 2)
+    total += source(1) * factor(1);
+  else
+    for (int j = 1; j < sources; ++j)
+      total += source(j) * factor(j);
   return total;
 }
 
@@ -29,6 +52,12 @@ public:
   int64_t row_size() const { return in_ * taps_; }
   int sources() const { return recipe_.sources; }
   bool channels_inner() const { return channels_inner_; }
+  bool all_dense() const {
+    for (int j = 0; j < recipe_.sources; ++j)
+      if (!dense_[j])
+        return false;
+    return true;
+  }
   T factor(int j, int64_t o) const {
     return static_cast<const T *>(recipe_.coefficients)[j * recipe_.source_stride + o * recipe_.channel_stride];
   }
@@ -72,27 +101,29 @@ public:
     const int count = recipe_.sources;
     for (int j = 0; j < count; ++j)
       factors[j] = broadcast(factor(j, o));
+    const auto factor_of = [&](int j) { return factors[j]; };
     S gathered[max_sources][chunk];
     for (int64_t first = 0; first < n; first += chunk) {
-      int64_t some = least(chunk, n - first), l = 0;
+      const int64_t some = min(chunk, n - first);
+      int64_t l = 0;
       const S *rows[max_sources];
       for (int j = 0; j < count; ++j)
         rows[j] = source_row(j, o, q + first, some, gathered[j]);
       T *to = out + first;
-      if (count == 2) { // Replacement Learning's case, without the loops over sources
+      const auto value = [&](int j) { return values[j]; };
+      if (count == 2) // Replacement Learning's case, without the loops over sources
         for (; l + width<T> <= some; l += width<T>) {
           __builtin_prefetch(rows[0] + l + ahead, 0, 2);
           __builtin_prefetch(rows[1] + l + ahead, 0, 2);
           values[0] = load(rows[0] + l);
           values[1] = load(rows[1] + l);
-          store(to + l, rounded<X>(mix<T>(values, factors, 2)));
+          store(to + l, rounded<X>(mix(2, value, factor_of)));
         }
-      }
       for (; l < some; l += width<T>) {
-        bool whole = l + width<T> <= some;
+        const bool whole = l + width<T> <= some;
         for (int j = 0; j < count; ++j)
           values[j] = whole ? load(rows[j] + l) : load_part(rows[j] + l, some - l);
-        Vector<T> total = rounded<X>(mix<T>(values, factors, count));
+        const Vector<T> total = rounded<X>(mix(count, value, factor_of));
         if (whole)
           store(to + l, total);
         else
@@ -105,13 +136,11 @@ public:
   T bias(int64_t o) const {
     if (recipe_.bias[0] == nullptr)
       return 0;
-    T total = 0;
-    for (int j = 0; j < recipe_.sources; ++j) {
-      T term = factor(j, o) * load_one(static_cast<const S *>(recipe_.bias[j]) + o * recipe_.bias_stride[j]);
-      total = j == 0 ? term : total + term;
-    }
+    const auto source = [&](int j) {
+      return load_one(static_cast<const S *>(recipe_.bias[j]) + o * recipe_.bias_stride[j]);
+    };
     X result;
-    store_one(&result, total);
+    store_one(&result, mix(recipe_.sources, source, [&](int j) { return factor(j, o); }));
     return load_one(&result);
   }
 
@@ -122,54 +151,40 @@ private:
   bool dense_[max_sources];
 };
 
-// Finishes row o of every gradient from the row g of G: writes c_j * G where wanted, and adds <G, W_j> to dots[j].
-template <class S, class X>
-void finish_row(const Mixed<S, X> &recipe, const Gradients &gradients, int64_t o, int64_t q, int64_t n,
-                const Accumulate<X> *g, double *dots, int64_t dots_stride) {
+// `count` rows of W at a time, mixed in registers a vector at a time: for who meets each element of W once. The
+// sources must be dense.
+template <class S, class X, int count> class MixedRows {
+public:
   using T = Accumulate<X>;
-  constexpr int64_t chunk = Mixed<S, X>::chunk;
-  const bool dense = recipe.lies_as_rows(gradients.in_stride, gradients.tap_stride);
-  S gathered[chunk], scattered[chunk];
-  T converted[chunk];
-  for (int j = 0; j < recipe.sources(); ++j) {
-    S *out = static_cast<S *>(gradients.weight[j]);
-    if (out == nullptr && dots == nullptr)
-      continue;
-    const T factor = recipe.factor(j, o);
-    double total = 0;
-    for (int64_t first = 0; first < n; first += chunk) {
-      const int64_t some = least(chunk, n - first);
-      const T *from = g + first;
-      if (dots != nullptr) {
-        const S *row = recipe.source_row(j, o, q + first, some, gathered);
-        for (int64_t l = 0; l < some; l += 64 / int64_t(sizeof(S)))
-          __builtin_prefetch(row + l + recipe.next_row(j), 0, 2);
-        if constexpr (sizeof(S) == sizeof(T)) {
-          total += dot(from, row, some);
-        } else {
-          convert(row, some, converted);
-          total += dot(from, converted, some);
-        }
-      }
-      if (out != nullptr) {
-        S *to = dense ? out + o * gradients.out_stride + q + first : scattered;
-        if (dense)
-          for (int64_t l = 0; l < some; l += 64 / int64_t(sizeof(S)))
-            __builtin_prefetch(to + l + gradients.out_stride, 1, 2);
-        int64_t l = 0;
-        for (; l + width<T> <= some; l += width<T>)
-          store(to + l, load(from + l) * factor);
-        if (l < some)
-          store_part(to + l, load_part(from + l, some - l) * factor, some - l);
-        if (!dense)
-          for (l = 0; l < some; ++l) {
-            int64_t i, t;
-            recipe.place(q + first + l, i, t);
-            out[o * gradients.out_stride + i * gradients.in_stride + t * gradients.tap_stride] = scattered[l];
-          }
+
+  // Rows o..o+some from element q on. Row o stands in for the rest, so that all loops may have a constant length.
+  MixedRows(const Mixed<S, X> &recipe, int64_t o, int64_t q, int some = count)
+      : sources_(recipe.sources()), ahead_(count * recipe.next_row(0)) {
+    for (int r = 0; r < count; ++r) {
+      const int64_t row = o + (r < some ? r : 0);
+      for (int j = 0; j < sources_; ++j) {
+        from_[r][j] = recipe.dense_row(j, row) + q;
+        factors_[r][j] = broadcast(recipe.factor(j, row));
       }
     }
-    if (dots != nullptr)
-      dots[j * dots_stride] += total;
   }
-}
+
+  // A vector of row r, `l` elements on, as `load` reads it.
+  template <class Load> Vector<T> operator()(int r, int64_t l, const Load &load) const {
+    // What the rows that come next will want.
+    __builtin_prefetch(from_[r][0] + l + ahead_, 0, 2);
+    __builtin_prefetch(from_[r][sources_ - 1] + l + ahead_, 0, 2);
+    const auto source = [&](int j) { return load(from_[r][j] + l); };
+    const auto factor = [&](int j) { return factors_[r][j]; };
+    return rounded<X>(mix_two_apart(sources_, source, factor));
+  }
+
+private:
+  int sources_;
+  int64_t ahead_;
+  const S *from_[count][max_sources];
+  Vector<T> factors_[count][max_sources];
+};
+
+} // namespace
+} // namespace rl_kernels::cpu

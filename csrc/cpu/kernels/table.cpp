@@ -1,4 +1,16 @@
-// The kernels of one instruction set for every pair of types, as a table of function pointers.
+// The kernels of one instruction set, for every pair of types, as a table of function pointers. Compiled once for each
+// set (instruction_set.h).
+#include "conv.h"
+#include "conv_wgrad.h"
+#include "instruction_set.h"
+#include "linear.h"
+#include "problem.h"
+#include "vector_types.h"
+
+#include <cstdint>
+
+namespace rl_kernels::cpu {
+namespace {
 
 // Calls kernel(Type of the sources, type of the activation) with the element types of a problem.
 template <class Problem, class Kernel> void with_types(const Problem &problem, const Kernel &kernel) {
@@ -48,8 +60,28 @@ bool run_conv_fits(const Conv &problem) {
   return problem.type == Type::float64 ? conv_fits<double>(problem) : conv_fits<float>(problem);
 }
 
-constexpr Kernels make_table(const char *name) {
-  return {
-      name,           run_linear_forward, run_linear_dgrad, run_linear_wgrad,  run_linear_backward, run_conv_forward,
-      run_conv_dgrad, run_conv_wgrad,     run_conv_mix,     run_conv_partials, run_conv_fits};
+#define RLK_STRING_OF(name) #name
+#define RLK_STRING(name) RLK_STRING_OF(name)
+constexpr Kernels table = {RLK_STRING(RLK_NAME), run_linear_forward, run_linear_dgrad, run_linear_wgrad,
+                           run_linear_backward,  run_conv_forward,   run_conv_dgrad,   run_conv_wgrad,
+                           run_conv_mix,         run_conv_partials,  run_conv_fits};
+
+// Whether this machine can run them.
+bool runs() {
+#if defined(RLK_AVX512)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#elif defined(RLK_AVX2)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return true;
+#endif
 }
+
+} // namespace
+
+#define RLK_JOIN_OF(a, b) a##b
+#define RLK_JOIN(a, b) RLK_JOIN_OF(a, b)
+const Kernels *RLK_JOIN(kernels_, RLK_NAME)() { return runs() ? &table : nullptr; }
+
+} // namespace rl_kernels::cpu

@@ -1,18 +1,26 @@
-// The register tile that every product is made of, the packs that feed it, and how a team shares out work.
+// The register tile that every product is made of.
 //
 // A tile is rows x (vectors * width) of the output. One operand is read row by row, an element at a time, and
 // broadcast; the other is a panel packed as [k][vectors * width]: the mixed weight, or the activation in wgrad.
+#pragma once
 
-// With 32 vector registers, 24 hold sums; with 16, 12.
+#include "vector.h"
+
+#include <cstdint>
+
+namespace rl_kernels::cpu {
+namespace {
+
 template <int value_> struct Int {
   static constexpr int value = value_;
 };
 
 constexpr int max_vectors = RLK_TILE_VECTORS;
+// With 32 vector registers, 24 hold sums; with 16, 12.
 constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : (max_vectors == 2 && vectors == 2) ? 6 : 8; }
 template <class T> constexpr int panel_width = max_vectors * width<T>;
 template <class T> constexpr int vectors_for(int64_t columns) {
-  return int(least(max_vectors, ceil_div(columns, width<T>)));
+  return int(min(max_vectors, ceil_div(columns, width<T>)));
 }
 
 // Which elements are multiplied: `count` runs of `size`, run r from offset[r] of every row on, against the rows of the
@@ -168,18 +176,26 @@ template <class T> OuterShape outer_shape(int64_t rows, int64_t columns) {
 }
 constexpr int64_t max_outer_rows = 8;
 
-// Adds A^T B to `out`, for A packed by pack_outer, and `columns` columns of B, of which panels of panel_width columns
-// lie `panel_stride` apart. (With 0 they lie side by side, as B's rows are.) `steps` rows of A are packed.
+// The operands of A^T B. A is packed by pack_outer in `tiles` tiles of `steps` rows; B is `columns` columns, of which
+// panels of panel_width columns lie `panel_stride` apart. (With 0 they lie side by side, as B's rows are.)
+template <class T> struct OuterOperands {
+  const T *a;
+  int64_t tiles, steps;
+  const T *panel;
+  int64_t panel_stride, columns;
+};
+
+// Adds A^T B to `out`.
 template <class T>
-void multiply_outer(OuterShape shape, int64_t tiles, const OuterRuns &runs, int64_t steps, const T *a, const T *panel,
-                    int64_t panel_stride, int64_t columns, T *out, int64_t out_stride) {
+void multiply_outer(OuterShape shape, const OuterRuns &runs, const OuterOperands<T> &operands, T *out,
+                    int64_t out_stride) {
   const int64_t wide = shape.vectors * width<T>;
-  for (int64_t first = 0; first < columns; first += wide) {
-    const int64_t vectors = least(shape.vectors, ceil_div(columns - first, width<T>));
-    const T *b = panel + (panel_stride == 0 ? first : first / wide * panel_stride);
+  for (int64_t first = 0; first < operands.columns; first += wide) {
+    const int64_t vectors = min(shape.vectors, ceil_div(operands.columns - first, width<T>));
+    const T *b = operands.panel + (operands.panel_stride == 0 ? first : first / wide * operands.panel_stride);
     const auto run = [&](auto rows, auto count) {
-      for (int64_t t = 0; t < tiles; ++t)
-        tile_outer<T, rows.value, count.value>(runs, a + t * steps * rows.value, b,
+      for (int64_t t = 0; t < operands.tiles; ++t)
+        tile_outer<T, rows.value, count.value>(runs, operands.a + t * operands.steps * rows.value, b,
                                                out + t * rows.value * out_stride + first, out_stride);
     };
     const auto with_rows = [&](auto rows) {
@@ -201,86 +217,5 @@ void multiply_outer(OuterShape shape, int64_t tiles, const OuterRuns &runs, int6
   }
 }
 
-// Packs n columns of one row of A into tiles of `rows`: to[(tile, k, row in tile)], `steps` rows of A in all, this one
-// the k-th.
-template <int rows, class T, class X>
-inline void pack_outer_row(const X *row, int64_t n, int64_t k, int64_t steps, T *to) {
-  T *tile = to + k * rows;
-  for (; n >= rows; n -= rows, row += rows, tile += steps * rows)
-    for (int i = 0; i < rows; ++i)
-      tile[i] = load_one(row + i);
-  if (n > 0)
-    for (int i = 0; i < rows; ++i)
-      tile[i] = i < n ? load_one(row + i) : T(0);
-}
-template <class T, class X> inline void pack_outer(int rows, const X *row, int64_t n, int64_t k, int64_t steps, T *to) {
-  if (rows == 8)
-    pack_outer_row<8>(row, n, k, steps, to);
-  else
-    pack_outer_row<6>(row, n, k, steps, to);
-}
-
-// to[c][r] = from[r][c] for `rows` rows and `columns` columns; X and Y may differ. Columns of `to` up to the next
-// multiple of a vector may be overwritten: the pitch leaves room for them.
-template <class X, class Y>
-void transpose_block(const X *from, int64_t from_pitch, int64_t rows, int64_t columns, Y *to, int64_t to_pitch) {
-  using T = Accumulate<X>;
-  constexpr int n = width<T>;
-  for (int64_t r = 0; r < rows; r += n) { // few rows at a time: each is a page of its own
-    const int64_t some_rows = least(n, rows - r);
-    for (int64_t c = 0; c < columns; c += n) {
-      const int64_t some_columns = least(n, columns - c);
-      Vector<T> block[n];
-      for (int i = 0; i < n; ++i)
-        block[i] = i >= some_rows      ? Vector<T>{}
-                   : some_columns == n ? load(from + (r + i) * from_pitch + c)
-                                       : load_part(from + (r + i) * from_pitch + c, some_columns);
-      transpose<T>(block);
-      for (int i = 0; i < some_columns; ++i)
-        if (some_rows == n)
-          store(to + (c + i) * to_pitch + r, block[i]);
-        else
-          store_part(to + (c + i) * to_pitch + r, block[i], some_rows);
-    }
-  }
-}
-
-// The scratch of the calling thread, cut into typed pieces.
-class Scratch {
-public:
-  explicit Scratch(const Team &team) : next_(static_cast<char *>(team.scratch(scratch_bytes))) {}
-  template <class T> T *take(int64_t count) {
-    T *piece = reinterpret_cast<T *>(next_);
-    next_ += round_up(count * int64_t(sizeof(T)), 64);
-    return piece;
-  }
-
-private:
-  char *next_;
-};
-
-// Calls body(item) for every item in 0..count-1, each on one thread: whichever is free takes the next, so that a thread
-// whose core is busy elsewhere holds nobody up. What an item computes does not depend on the thread.
-template <class Body> void share(const Team &team, int64_t count, const Body &body) {
-  struct Context {
-    const Body *body;
-    int64_t next, count;
-  } context{&body, 0, count};
-  const auto run = [](void *opaque, int) {
-    auto *shared = static_cast<Context *>(opaque);
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
-      if (item >= shared->count)
-        return;
-      (*shared->body)(item);
-    }
-  };
-  team.run(int(least(team.threads, count)), run, &context);
-}
-
-// How many blocks of at most `largest` to cut `total` into, a multiple of `threads` where that leaves none smaller than
-// `smallest`.
-inline int64_t blocks(int64_t total, int64_t largest, int64_t smallest, int64_t threads) {
-  const int64_t count = ceil_div(total, largest), even = round_up(count, threads);
-  return most(1, total / even >= smallest ? even : count);
-}
+} // namespace
+} // namespace rl_kernels::cpu

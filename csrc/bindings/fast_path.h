@@ -1,7 +1,7 @@
 // The fast path of a call: arguments checked, autograd recorded and the kernels called without a step in Python.
 //
-// It takes ordinary calls only. Whatever is out of the ordinary it declines, and Python goes the way that serves
-// everything and holds every error message (rl_kernels/_autograd.py).
+// It takes ordinary calls only. Whatever is out of the ordinary it declines, and Python goes its own way, which serves
+// everything and holds every error message.
 #pragma once
 
 #include <torch/csrc/python_headers.h>

@@ -1,0 +1,127 @@
+#include "fast_path.h"
+
+#include "backward.h"
+#include "cpu/torch/ops.h"
+#include "read_arguments.h"
+#include "serving.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace rl_kernels {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+bool takes(const Call &call) {
+  return serves(call.conv(), Op::forward, call.x.scalar_type()) &&
+         why_left(call.x, call.weights, call.conv() ? &call.geometry : nullptr) == nullptr;
+}
+
+bool may_take() { return serves_anything() && ordinary_state() && !at::autocast::is_autocast_enabled(at::kCPU); }
+
+PyObject *run_without_gil(const Call &call);
+
+} // namespace
+
+// The entries: decline, or read the arguments and run.
+
+PyObject *mixed_linear_call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Call call;
+  if (count != 4 || !may_take() || !read_linear(arguments, call) || !takes(call))
+    Py_RETURN_NONE;
+  return run_without_gil(call);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject *mixed_conv_call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Call call;
+  if (count != 9 || !may_take() || !read_conv(arguments, call) || !takes(call))
+    Py_RETURN_NONE;
+  return run_without_gil(call);
+  END_HANDLE_TH_ERRORS
+}
+
+// The run, recorded for autograd where a tensor needs a gradient.
+
+namespace {
+
+bool needs_gradient(const Tensors &tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor &t) { return t.requires_grad(); });
+}
+
+Tensor run_kernels(const Call &call) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  if (call.conv()) {
+    RECORD_FUNCTION("rl_kernels::mixed_conv", c10::ArrayRef<const c10::IValue>{});
+    return mixed_conv(call.x, call.weights, call.coefficients, call.biases, call.geometry);
+  }
+  RECORD_FUNCTION("rl_kernels::mixed_linear", c10::ArrayRef<const c10::IValue>{});
+  return mixed_linear(call.x, call.weights, call.coefficients, call.biases);
+}
+
+template <typename Kind> struct Mixed : torch::autograd::Function<Kind> {
+  // `tensors`: x, the coefficients, the weights, the biases.
+  static Tensor forward(AutogradContext *context, const Call &call, at::TensorList tensors) {
+    variable_list kept = tensors.vec();
+    if (!call.coefficients.requires_grad() && !needs_gradient(call.weights))
+      kept[0] = Tensor();
+    context->save_for_backward(std::move(kept));
+    context->saved_data["call"] = saved_integers(call);
+    context->set_materialize_grads(false);
+    return run_kernels(call);
+  }
+
+  static variable_list backward(AutogradContext *context, const variable_list &gradients) {
+    return run_backward(context, gradients[0]);
+  }
+};
+
+} // namespace
+
+// Named, as grad_fn.name() shows them.
+struct MixedLinear : Mixed<MixedLinear> {};
+struct MixedConv : Mixed<MixedConv> {};
+
+namespace {
+
+Tensor run_recorded(const Call &call) {
+  if (c10::GradMode::is_enabled()) {
+    Tensors tensors{call.x, call.coefficients};
+    tensors.reserve(2 + 2 * call.weights.size());
+    tensors.insert(tensors.end(), call.weights.begin(), call.weights.end());
+    if (call.biases)
+      tensors.insert(tensors.end(), call.biases->begin(), call.biases->end());
+    if (needs_gradient(tensors)) {
+      const at::TensorList list(tensors);
+      return call.conv() ? MixedConv::apply(call, list) : MixedLinear::apply(call, list);
+    }
+  }
+  return run_kernels(call);
+}
+
+PyObject *run_without_gil(const Call &call) {
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    y = run_recorded(call);
+  }
+  return THPVariable_Wrap(std::move(y));
+}
+
+} // namespace
+
+} // namespace rl_kernels

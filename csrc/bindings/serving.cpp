@@ -1,0 +1,91 @@
+#include "serving.h"
+
+#include "fast_path.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+namespace rl_kernels {
+namespace {
+
+constexpr std::array<const char *, 6> op_names = {"mixed_linear", "mixed_linear_dgrad", "mixed_linear_wgrad",
+                                                  "mixed_conv",   "mixed_conv_dgrad",   "mixed_conv_wgrad"};
+constexpr std::array dtypes = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+
+std::atomic<uint32_t> serving_bits = 0;
+std::atomic<bool> forced = false;
+std::atomic<bool> bypassed = false;
+std::atomic<PyObject *> formulas_ = nullptr;
+
+// Of a pair in serving_bits; 0 for a dtype that the kernels do not know.
+uint32_t bit(size_t op, at::ScalarType dtype) {
+  for (size_t j = 0; j < dtypes.size(); ++j)
+    if (dtypes[j] == dtype)
+      return uint32_t{1} << (op * dtypes.size() + j);
+  return 0;
+}
+
+} // namespace
+
+bool serves_anything() { return serving_bits.load(std::memory_order_relaxed) != 0; }
+
+bool serves(bool conv, Op op, at::ScalarType dtype) {
+  return (serving_bits.load(std::memory_order_relaxed) & bit(3 * conv + static_cast<size_t>(op), dtype)) != 0;
+}
+
+bool ordinary_state() {
+  using c10::DispatchKey;
+  using c10::DispatchKeySet;
+  constexpr auto autocast = c10::default_excluded_set;
+  constexpr auto inference_included = c10::default_included_set.remove(DispatchKey::ADInplaceOrView);
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  const auto excluded = keys.excluded_ - autocast;
+  const bool eager = keys.included_ == c10::default_included_set && excluded.empty();
+  const bool inference = keys.included_ == inference_included && excluded == c10::autograd_dispatch_keyset;
+  return (eager || inference) && !at::impl::torch_function_mode_enabled() && !bypassed.load(std::memory_order_relaxed);
+}
+
+bool plain(const at::Tensor &tensor) {
+  using c10::DispatchKey;
+  constexpr auto expected = c10::DispatchKeySet(
+      {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
+  const auto *impl = tensor.unsafeGetTensorImpl();
+  const auto keys = impl->key_set().raw_repr();
+  return keys != 0 && (keys & ~expected.raw_repr()) == 0 &&
+         (impl->autograd_meta() == nullptr || !tensor._fw_grad(/*level=*/0).defined());
+}
+
+const char *why_left(const at::Tensor &activation, const Tensors &weights, const Geometry *geometry) {
+  const char *reason = geometry ? why_not_conv(activation, weights, *geometry) : why_not_linear(activation, weights);
+  if (reason != nullptr || forced.load(std::memory_order_relaxed))
+    return reason;
+  return geometry ? worse_conv(activation, weights, *geometry) : worse_linear(activation, weights);
+}
+
+PyObject *formulas() { return formulas_.load(); }
+
+// What Python sets (fast_path.h).
+
+uint32_t serving_bit(const std::string &op, c10::ScalarType dtype) {
+  const auto *found = std::find(op_names.begin(), op_names.end(), op);
+  return found == op_names.end() ? 0 : bit(static_cast<size_t>(found - op_names.begin()), dtype);
+}
+
+void set_serving(uint32_t bits, bool asked_for) {
+  serving_bits.store(bits);
+  forced.store(asked_for);
+}
+
+void set_bypassed(bool value) { bypassed.store(value); }
+
+void set_formulas(PyObject *function) {
+  Py_INCREF(function);
+  Py_XDECREF(formulas_.exchange(function));
+}
+
+} // namespace rl_kernels
