@@ -62,13 +62,13 @@ class Correlation(NamedTuple):
 
     @classmethod
     def of_forward(cls, x: Tensor, y: Tensor, weight: Tensor, geometry: Geometry) -> Correlation:
-        """Of a convolution from x to y; its wgrad goes over the same pairs of pixels."""
+        """For a convolution from x to y; its wgrad goes over the same pairs of pixels."""
         shifts = [-pad for pad in geometry.padding]
         return cls.of(x, y, weight, shifts, geometry.dilation, geometry.stride)
 
     @classmethod
     def of_linear(cls, x: Tensor, y: Tensor, weight: Tensor) -> Correlation:
-        """Of a linear layer: one tap, and rows as images of one pixel."""
+        """For a linear layer: one tap, and rows as images of one pixel."""
         return cls.of(x, y, weight, (), (), ())
 
 
