@@ -48,7 +48,7 @@ class StridedRecipe:
         self.bytes = sum(weight.element_size() for weight in recipe.weights)
 
     def strides_of_features(self, transposed: bool) -> tuple[tuple[int, ...], ...]:
-        """The sources' strides by (feature, channel, depth, height, width), for W or, transposed, for the recipe of dgrad."""
+        """The sources' strides by (feature, channel, depth, height, width) of W or, transposed, of dgrad's recipe."""
         if not transposed:
             return self.weight_strides
         return tuple((within, out, *taps) for out, within, *taps in self.weight_strides)
