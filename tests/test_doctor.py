@@ -20,14 +20,14 @@ def test_a_sound_installation_passes() -> None:
 
 @pytest.mark.parametrize("fault", ["raises", "nan"])
 def test_a_broken_backend_fails_and_is_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = streamed._Gradients.finish
+    right = streamed._GradientPanels.finish
 
     def wrong(self: Any, g: torch.Tensor, *index: slice) -> None:
         if fault == "raises":
             raise RuntimeError("planted")
         right(self, g * torch.nan, *index)
 
-    monkeypatch.setattr(streamed._Gradients, "finish", wrong)
+    monkeypatch.setattr(streamed._GradientPanels, "finish", wrong)
     result = CliRunner().invoke(doctor_command, env={"COLUMNS": "160"})
     assert result.exit_code == 1
     assert ("planted" if fault == "raises" else "no finite gradient for") in result.output

@@ -85,7 +85,7 @@ def test_a_launch_without_the_cuda_extension_says_why(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cuda, "EXTENSION", Extension(None, "planted"))
     with pytest.raises(RuntimeError, match=r"^mixed_linear on \(8, 4\): the CUDA kernels are missing: planted$"):
-        cuda.launch("mixed_linear", "any", (1, 1, 1), 32, 0, Params(), [torch.empty(8, 4)])
+        cuda.launch("mixed_linear", "any", (1, 1, 1), 0, Params(), [torch.empty(8, 4)])
 
 
 @pytest.mark.parametrize("broken", [False, True])

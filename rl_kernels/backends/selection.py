@@ -114,8 +114,8 @@ def why_worse(backend: Backend, case: Case, call: Call | None = None) -> str | N
     return backend.record.worse(case, call) if reason is None and backend.record is not None else reason
 
 
-def _why_not(backend: Backend, case: Case, automatic: bool) -> str | None:
-    """Why ``backend`` serves no call of ``case``."""
+def why_not(backend: Backend, case: Case, automatic: bool = False) -> str | None:
+    """Why a backend serves no call of ``case``, asked for by name or, ``automatic``, by ``auto``; None where it may."""
     if case.op not in backend.kernels:
         return f"no kernel for {case.op}"
     return backend.why_not(case) or (why_worse(backend, case) if automatic else None)
@@ -137,7 +137,7 @@ def choose(case: Case, backends: tuple[Backend, ...], name: str = AUTO, call: Ca
     for backend in backends:
         if not automatic and backend.name != name:
             continue
-        reason = _why_not(backend, case, automatic)
+        reason = why_not(backend, case, automatic)
         if reason is None and call is not None:
             reason = _why_not_call(backend, case, call, automatic)
         if reason is None:
@@ -171,7 +171,7 @@ def _find_candidates(case: Case, name: str) -> tuple[Backend, ...]:
         _tell()
     choose(case, registered(), name)  # Raises where there is none.
     named = (backend for backend in registered() if name in (AUTO, backend.name))
-    return tuple(backend for backend in named if _why_not(backend, case, name == AUTO) is None)
+    return tuple(backend for backend in named if why_not(backend, case, name == AUTO) is None)
 
 
 def run(call: Call) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from rl_kernels.backends.case import Case
 from rl_kernels.backends.contract import Backend
-from rl_kernels.backends.selection import AUTO, choose, registered, requested, why_worse
+from rl_kernels.backends.selection import AUTO, choose, registered, requested, why_not, why_worse
 from rl_kernels.ops.schema import OPS
 
 
@@ -62,7 +62,7 @@ def services(device: str | torch.device | None = None, dtype: torch.dtype = torc
         case = Case(op, torch.device(device).type, dtype)
         serving = choose(case, registered()).name if name == AUTO else name
         for backend in registered():
-            cannot = backend.why_not(case)
+            cannot = why_not(backend, case)
             serves = cannot is None and backend.name == serving
             why = _why_serving(backend, case, name) if serves else _why_idle(backend, case, name, serving)
             found.append(Service(case, backend.name, serves, cannot or why))

@@ -17,7 +17,7 @@ from rl_kernels._machine import machine, versions
 from rl_kernels._tables import simple_table
 from rl_kernels.backends import Case, cpu, registered, services
 from rl_kernels.backends.cuda import extension as cuda_extension
-from rl_kernels.backends.selection import requested, use_backend
+from rl_kernels.backends.selection import requested, use_backend, why_not
 from rl_kernels.nn import ReplacementConv2d, ReplacementLinear
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -44,7 +44,7 @@ def training_step(backend: str, device: str) -> Step:
     """Train a small network with a replaced convolution and a replaced linear layer for one step."""
     for op in ("mixed_linear", "mixed_conv"):
         case = Case(op, device, torch.float32)
-        reason = next(found.why_not(case) for found in registered() if found.name == backend)
+        reason = next(why_not(found, case) for found in registered() if found.name == backend)
         if reason is not None:
             return Step(backend, device, "skipped", reason)
     try:

@@ -22,7 +22,7 @@ from rl_kernels._tables import simple_table
 from rl_kernels.backends import Backend, Case, registered
 from rl_kernels.backends.record_store import cache_folder, file_name
 from rl_kernels.backends.records import MATERIALISED, Point, Record, Verdict
-from rl_kernels.backends.selection import refresh
+from rl_kernels.backends.selection import refresh, why_not
 from rl_kernels.ops.schema import OPS
 from rl_kernels.qualify.correctness import failures, in_a_line, trials_of
 from rl_kernels.qualify.problems import checks, grid, make_call
@@ -91,9 +91,7 @@ def cases_of(backend: Backend, device: torch.device, dtypes: Sequence[str]) -> l
 
 
 def _why_not(backend: Backend, case: Case, device: torch.device) -> str | None:
-    if case.op not in backend.kernels:
-        return f"no kernel for {case.op}"
-    reason = backend.why_not(case) or backend.worse(case)
+    reason = why_not(backend, case) or backend.worse(case)
     if reason is not None:
         return reason
     return backend.why_not_call(make_call(checks(case.op)[0], case.op, case.dtype, device))

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import rl_kernels as rl
 from rl_kernels import functional as F
 from rl_kernels.backends import selection
+from rl_kernels.ops import values
 from tests.cpu.common import KINDS, Call, assert_same, gradients, make, off_the_fast_path
 
 EVERY_NEED = list(itertools.product([False, True], repeat=6))  # x, coefficients, two weights, two biases
@@ -313,13 +314,13 @@ def test_two_threads_at_once() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_takes_the_backend_in_force(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    choose_kernel = selection.kernel
+    run = selection.run
 
-    def spy(op: str, activation: Tensor) -> Any:
-        asked.append((op, selection.requested()))
-        return choose_kernel(op, activation)
+    def spy(asking: values.Call) -> Any:
+        asked.append((asking.op, selection.requested()))
+        return run(asking)
 
-    monkeypatch.setattr(selection, "kernel", spy)
+    monkeypatch.setattr(selection, "run", spy)
     call = make(kind)
     y = call()
     assert asked == []

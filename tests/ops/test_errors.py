@@ -219,7 +219,7 @@ def test_bad_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*args: Any) -> None:
         raise AssertionError("a kernel was asked for")
 
-    monkeypatch.setattr(selection, "kernel", computed)
+    monkeypatch.setattr(selection, "run", computed)
     with pytest.raises(kind, match=message):
         function(*arguments)
 

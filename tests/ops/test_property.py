@@ -35,7 +35,7 @@ def test_streamed_in_small_panels(elements: int, kind: str, monkeypatch: pytest.
     """Panels of a few elements, so that small cases have many of them in every direction."""
     monkeypatch.setattr(streamed, "WORKSPACE_BYTES", {"cpu": 16 * elements})
     monkeypatch.setattr(streamed, "_LINEAR_PANEL", {"cpu": elements})
-    monkeypatch.setattr(streamed, "_SHORTEST_RUN", dict.fromkeys(streamed._SHORTEST_RUN, 4 if elements == 8 else 1))
+    monkeypatch.setattr(streamed, "_MIN_RUN", dict.fromkeys(streamed._MIN_RUN, 4 if elements == 8 else 1))
 
     @settings(quiet, max_examples=100)
     @given(case=cases(KINDS[kind]))

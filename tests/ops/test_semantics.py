@@ -139,19 +139,14 @@ def test_only_what_is_asked_for_is_computed(
     """Every combination of requires_grad (x, coefficients, first weight, second weight, biases)."""
     asked: list[tuple[str, Any]] = []
 
-    choose_kernel = selection.kernel
+    run = selection.run
 
-    def spy(op: str, activation: Tensor) -> Any:
-        kernel = choose_kernel(op, activation)
+    def spy(call: Call) -> Any:
+        wanted = call.wanted and [list(call.wanted.weights), call.wanted.coefficients, list(call.wanted.biases)]
+        asked.append((call.op.rsplit("_", 1)[-1], wanted))
+        return run(call)
 
-        def run(*args: Any) -> Any:
-            masks = [list(args[5]), args[6], list(args[7])] if op.endswith("wgrad") else None
-            asked.append((op.rsplit("_", 1)[-1], masks))
-            return kernel(*args)
-
-        return run
-
-    monkeypatch.setattr(selection, "kernel", spy)
+    monkeypatch.setattr(selection, "run", spy)
     shape = (5, 7) + (2, 2) * (spatial == 2)
     x = torch.randn((4, 7) + (3, 3) * (spatial == 2)).requires_grad_(needs[0])
     coefficients = torch.tensor([0.5, 0.25]).requires_grad_(needs[1])

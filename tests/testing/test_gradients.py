@@ -10,6 +10,7 @@ import rl_kernels as rl
 from rl_kernels import nn as rnn
 from rl_kernels.backends import Case, registered, selection, streamed
 from rl_kernels.testing import assert_as_accurate, check_gradients, compare
+from tests.backends.planted import Planted
 
 
 def chain(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -52,12 +53,12 @@ def test_norms_with_affine_parameters_of_their_own() -> None:
 
 
 def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = streamed._Gradients.finish
+    right = streamed._GradientPanels.finish
 
     def wrong(self: Any, g: Tensor, *index: slice) -> None:
         right(self, g * 1.001, *index)
 
-    monkeypatch.setattr(streamed._Gradients, "finish", wrong)
+    monkeypatch.setattr(streamed._GradientPanels, "finish", wrong)
     with pytest.raises(AssertionError, match=r"backend 'streamed'(.|\n)*gradient of 0.weight.*FAILS"):
         check_gradients(chain(), torch.randn(5, 13), gradcheck=False, verbose=False)
 
@@ -90,12 +91,12 @@ def test_backends_can_be_named() -> None:
 
 
 def test_a_backend_that_cannot_serve_is_left_out_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    partial = selection.Backend("partial", "", {"mixed_conv": streamed.mixed_conv}, lambda case: None)
+    partial = Planted({"mixed_conv": streamed.mixed_conv}, "partial")
     monkeypatch.setattr(selection, "_backends", {**selection._backends, "partial": partial})
     report = check_gradients(chain(), torch.randn(5, 13), gradcheck=False, verbose=False)
     served = [name for name in report.comparisons if name != "cpu"]  # where the extension is built
     assert served == ["streamed", "reference"]
-    with pytest.raises(selection.CannotServe, match="has no kernel for mixed_linear"):
+    with pytest.raises(selection.CannotServe, match="no kernel for mixed_linear"):
         check_gradients(chain(), torch.randn(5, 13), gradcheck=False, backends=["partial"], verbose=False)
 
 
