@@ -87,5 +87,9 @@ def _imported(path: str) -> Callable[..., Any]:
 
 
 def kernels_in(**modules: str) -> dict[str, str]:
-    """``kernels`` of a backend whose linear and conv ops each stand in one module, under their own names."""
-    return {op: f"{modules['linear' if 'linear' in op else 'conv']}:{op}" for op in OPS}
+    """``Backend.kernels`` of functions called as their ops, by the kind of layer: ``kernels_in(linear="module", ...)``.
+
+    A kind is an op's name without ``mixed_``, ``_dgrad`` and ``_wgrad``.
+    """
+    kinds = {op: op.removeprefix("mixed_").removesuffix("_dgrad").removesuffix("_wgrad") for op in OPS}
+    return {op: f"{modules[kind]}:{op}" for op, kind in kinds.items() if kind in modules}

@@ -99,7 +99,7 @@ def mixed_forward_in_python(family: Family, x: Tensor, recipe: Recipe, geometry:
     if biases is not None and any(bias.is_neg() for bias in biases):
         biases = [bias.resolve_neg() for bias in biases]  # An op's dispatch sees lazy negation, but not in Tensor[]?.
     if needs_lean_node(x, *recipe.tensors()):
-        return _Forward.apply(family, geometry, len(weights), x, coefficients, *weights, *(biases or ()))
+        return _Forward.apply(_Node(family, geometry, len(weights)), x, coefficients, *weights, *(biases or ()))
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return family.forward.overload(x, weights, coefficients, biases, *(geometry or ()))
 
@@ -114,7 +114,7 @@ def _dgrad(family: Family, dy: Tensor, recipe: Recipe, input_size: Sequence[int]
     if is_observed(dy):
         return family.dgrad.overload(*call.arguments())
     if needs_lean_node(dy, coefficients, *weights):
-        return _Dgrad.apply(family, geometry, size, dy, coefficients, *weights)
+        return _Dgrad.apply(_Node(family, geometry, len(weights), size), dy, coefficients, *weights)
     with torch._C._AutoDispatchBelowAutograd():
         return family.dgrad.overload(*call.arguments())
 
@@ -132,9 +132,8 @@ def _wgrad(
     if is_observed(dy):
         dweights, dcoefficients, dbiases = family.wgrad.overload(*call.arguments())
     elif needs_lean_node(dy, x, *recipe.tensors()):
-        flat = _Wgrad.apply(
-            family, geometry, wanted, n, dy, x, recipe.coefficients, *recipe.weights, *(recipe.biases or ())
-        )
+        node = _Node(family, geometry, n, wanted=wanted)
+        flat = _Wgrad.apply(node, dy, x, *recipe.tensors())
         dweights, dcoefficients, dbiases = flat[:n], flat[n], flat[n + 1 :]
     elif (into := buffers(recipe.weights, wanted.weights)) is not None:
         dweights, dcoefficients, dbiases = family.wgrad.in_place_overload(*call.arguments(), into)
@@ -310,96 +309,92 @@ class DifferentiatedWgrad(NamedTuple):
 # The lean way. Tensors are flattened into the argument list, as Function.apply sees no tensor in a list.
 
 
+class _Node(NamedTuple):
+    """What a node keeps besides tensors."""
+
+    family: Family
+    geometry: Geometry | None
+    n: int
+    input_size: Sequence[int] | None = None
+    wanted: Wanted | None = None
+
+    def recipe(self, coefficients: Tensor, sources: Sequence[Tensor]) -> Recipe:
+        """From tensors in the order in which they are flattened."""
+        return Recipe(sources[: self.n], coefficients, sources[self.n :] or None)
+
+    def wanted_of(self, coefficients: bool, sources: Sequence[bool]) -> Wanted:
+        """The same of what autograd asks for."""
+        return Wanted(sources[: self.n], coefficients, sources[self.n :])
+
+
 class _Forward(Function):
     @staticmethod
-    def forward(
-        ctx: Any, family: Family, geometry: Geometry | None, n: int, x: Tensor, coefficients: Tensor, *sources: Tensor
-    ) -> Tensor:
-        weights, biases = sources[:n], sources[n:] or None
-        wants_weights = any(ctx.needs_input_grad[4 : 5 + n])
-        ctx.save_for_backward(x if wants_weights else None, coefficients, *sources)
-        ctx.family, ctx.geometry, ctx.n, ctx.input_size = family, geometry, n, x.shape
-        ctx.memory_format = conv_memory_format(x, weights) if family is CONV else None
+    def forward(ctx: Any, node: _Node, x: Tensor, coefficients: Tensor, *sources: Tensor) -> Tensor:
+        recipe = node.recipe(coefficients, sources)
+        wants_product = any(ctx.needs_input_grad[2 : 3 + node.n])
+        ctx.save_for_backward(x if wants_product else None, coefficients, *sources)
+        ctx.node, ctx.input_size = node, x.shape
+        ctx.memory_format = conv_memory_format(x, recipe.weights) if node.family is CONV else None
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return family.forward.overload(x, weights, coefficients, biases, *(geometry or ()))
+            return node.family.forward.overload(x, *recipe, *(node.geometry or ()))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         x, coefficients, *sources = ctx.saved_tensors
         if dy is None:
-            return (None,) * (5 + len(sources))
-        n = ctx.n
-        _, _, _, wants_x, wants_coefficients, *wants_sources = ctx.needs_input_grad
+            return (None,) * (3 + len(sources))
+        node = ctx.node
+        _, wants_x, wants_coefficients, *wants_sources = ctx.needs_input_grad
+        recipe, wanted = node.recipe(coefficients, sources), node.wanted_of(wants_coefficients, wants_sources)
         differentiated = Differentiated(
-            ctx.family,
-            Recipe(sources[:n], coefficients, sources[n:] or None),
-            ctx.geometry,
-            ctx.input_size,
-            wants_x,
-            Wanted(wants_sources[:n], wants_coefficients, wants_sources[n:]),
-            ctx.memory_format,
+            node.family, recipe, node.geometry, ctx.input_size, wants_x, wanted, ctx.memory_format
         )
         dx, dweights, dcoefficients, dbiases = differentiated.gradients(dy, x)
-        return None, None, None, dx, dcoefficients, *dweights, *dbiases
+        return None, dx, dcoefficients, *dweights, *dbiases
 
 
 class _Dgrad(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        family: Family,
-        geometry: Geometry | None,
-        input_size: Sequence[int] | None,
-        dy: Tensor,
-        coefficients: Tensor,
-        *weights: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, node: _Node, dy: Tensor, coefficients: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(dy, coefficients, *weights)
-        ctx.family, ctx.geometry = family, geometry
-        call = Call(family.dgrad.name, dy, Recipe(weights, coefficients), geometry, input_size=input_size)
+        ctx.node = node
+        recipe = Recipe(weights, coefficients)
+        call = Call(node.family.dgrad.name, dy, recipe, node.geometry, input_size=node.input_size)
         with torch._C._AutoDispatchBelowAutograd():
-            return family.dgrad.overload(*call.arguments())
+            return node.family.dgrad.overload(*call.arguments())
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         dy, coefficients, *weights = ctx.saved_tensors
-        _, _, _, wants_dy, wants_coefficients, *wants_weights = ctx.needs_input_grad
+        _, wants_dy, wants_coefficients, *wants_weights = ctx.needs_input_grad
         recipe, wanted = Recipe(weights, coefficients), Wanted(wants_weights, wants_coefficients, [])
-        d_dy, dweights, dcoefficients = dgrad_gradients(ctx.family, g, dy, recipe, wants_dy, wanted, ctx.geometry)
-        return None, None, None, d_dy, dcoefficients, *dweights
+        family, geometry = ctx.node.family, ctx.node.geometry
+        d_dy, dweights, dcoefficients = dgrad_gradients(family, g, dy, recipe, wants_dy, wanted, geometry)
+        return None, d_dy, dcoefficients, *dweights
 
 
 class _Wgrad(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        family: Family,
-        geometry: Geometry | None,
-        wanted: Wanted,
-        n: int,
-        dy: Tensor,
-        x: Tensor,
-        coefficients: Tensor,
-        *sources: Tensor,
+        ctx: Any, node: _Node, dy: Tensor, x: Tensor, coefficients: Tensor, *sources: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(dy, x, coefficients, *sources)
-        ctx.family, ctx.geometry, ctx.n = family, geometry, n
+        ctx.node = node
         ctx.set_materialize_grads(False)
-        recipe = Recipe(sources[:n], coefficients, sources[n:] or None)
-        call = Call(family.wgrad.name, dy, recipe, geometry, x=x, wanted=wanted)
+        recipe = node.recipe(coefficients, sources)
+        call = Call(node.family.wgrad.name, dy, recipe, node.geometry, x=x, wanted=node.wanted)
         with torch._C._AutoDispatchBelowAutograd():
-            dweights, dcoefficients, dbiases = family.wgrad.overload(*call.arguments())
+            dweights, dcoefficients, dbiases = node.family.wgrad.overload(*call.arguments())
         return (*dweights, dcoefficients, *dbiases)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         dy, x, coefficients, *sources = ctx.saved_tensors
-        n = ctx.n
-        _, _, _, _, wants_dy, wants_x, wants_coefficients, *wants_sources = ctx.needs_input_grad
-        recipe = Recipe(sources[:n], coefficients, sources[n:] or None)
-        wanted = Wanted(wants_sources[:n], wants_coefficients, wants_sources[n:])
-        differentiated = DifferentiatedWgrad(ctx.family, dy, x, recipe, ctx.geometry, wants_dy, wants_x, wanted)
+        node, n = ctx.node, ctx.node.n
+        _, wants_dy, wants_x, wants_coefficients, *wants_sources = ctx.needs_input_grad
+        recipe, wanted = node.recipe(coefficients, sources), node.wanted_of(wants_coefficients, wants_sources)
+        differentiated = DifferentiatedWgrad(node.family, dy, x, recipe, node.geometry, wants_dy, wants_x, wanted)
         against = gradients[:n], gradients[n], gradients[n + 1 :]
         d_dy, d_x, d_weights, d_coefficients, d_biases = differentiated.gradients(against)
-        return None, None, None, None, d_dy, d_x, d_coefficients, *d_weights, *d_biases
+        return None, d_dy, d_x, d_coefficients, *d_weights, *d_biases

@@ -143,22 +143,13 @@ for _family in (LINEAR, CONV):
     _register_wgrad(_family)
 
 
-def _gradients_for_extension(
-    conv: bool,
-    dy: Tensor,
-    x: Tensor | None,
-    weights: Sequence[Tensor],
-    coefficients: Tensor,
-    biases: Sequence[Tensor] | None,
-    input_size: Sequence[int],
-    wants_x: bool,
-    *rest: Any,
-) -> Sequence[Tensor | None]:
+def _gradients_for_extension(*arguments: Any) -> Sequence[Tensor | None]:
     """Gradients of a forward that the extension ran, for its backward where it cannot call the kernels itself.
 
-    ``rest`` is which gradients of the recipe are wanted, and the geometry as a tuple, empty for a linear layer.
+    What C++ passes (``csrc/bindings/backward.cpp``): whether it is a convolution, dy, x, the recipe, the shape of x,
+    which gradients are wanted, and the geometry as a tuple, empty for a linear layer.
     """
-    *wanted, geometry = rest
+    conv, dy, x, weights, coefficients, biases, input_size, wants_x, *wanted, geometry = arguments
     differentiated = Differentiated(
         CONV if conv else LINEAR,
         Recipe(weights, coefficients, biases),

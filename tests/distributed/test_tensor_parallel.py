@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor import parallel as torchs
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rl_kernels import functional as F
 from rl_kernels.distributed import ColwiseParallel, RowwiseParallel, shard
-from rl_kernels.nn import ReplacementLinear, ReplacementMultiheadAttention
+from rl_kernels.nn import ReplacementLinear
 from tests.conversion.toys import sequential
 from tests.distributed import test_fsdp
 from tests.distributed.common import (
@@ -34,62 +29,7 @@ from tests.distributed.common import (
     replaced,
 )
 from tests.distributed.conftest import Ranks
-
-
-class Seen(TorchDispatchMode):
-    """The ops of the package that are called, with the shape of their weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "rl_kernels":
-            weights = next(arg for arg in args if isinstance(arg, list))
-            self.calls.append((func._opname, tuple(weights[0].shape)))
-        return func(*args, **(kwargs or {}))
-
-
-class Mlp(nn.Module):
-    def __init__(self, bias: bool = True):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 8, bias=bias), nn.Linear(8, 6, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x).relu())
-
-
-class WithoutBias(Mlp):
-    def __init__(self) -> None:
-        super().__init__(bias=False)
-
-
-class PreNorm(Mlp):
-    """Of which the norm is not parallel; a block's coefficients are its first layer's, the norm's."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.norm = nn.LayerNorm(6)
-        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(self.norm(x)).relu())
-
-
-class PostNorm(Mlp):
-    """Of which the norm, which is not parallel, comes last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
-
-
-def parallel(model: nn.Module, mesh: DeviceMesh, **of_columns: Any) -> None:
-    for mlp in model.children():
-        parallelize_module(mlp, mesh, {"up": ColwiseParallel(**of_columns), "down": RowwiseParallel()})
+from tests.distributed.parallel import Mlp, PostNorm, PreNorm, Seen, WithoutBias, distributed, fits, parallel
 
 
 def check_training(block: type[Mlp], **options: Any) -> None:
@@ -158,15 +98,6 @@ LAYOUTS: list[tuple[Placement, Placement, Placement, bool]] = [
     (Replicate(), Shard(1), Shard(0), False),
     (Shard(2), Replicate(), Shard(0), False),
 ]
-
-
-def distributed(mesh: DeviceMesh, tensor: Tensor, placement: Placement) -> Tensor:
-    return distribute_tensor(tensor.detach(), mesh, [placement]).requires_grad_()
-
-
-def fits(placement: Placement, tensor: Tensor) -> bool:
-    """Whether there is something for every rank."""
-    return not isinstance(placement, Shard) or tensor.shape[placement.dim] > 1
 
 
 def check_layouts(per_channel: bool, features: int, out: int, ranks: int = 2) -> None:
@@ -412,134 +343,3 @@ def test_three_ranks_and_two_pairs_of_ranks(four_ranks: Ranks) -> None:
     for per_channel in (False, True):
         four_ranks.run(check_layouts, per_channel, 7, 8, ranks=3)
     four_ranks.run(test_fsdp.check_training, functools.partial(sequential, width=5), (4, 3), True, (3,), every=2)
-
-
-# Layers for which torch has the rules.
-
-
-def outcome(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except RuntimeError as error:  # Of torch's, NotImplementedError among them.
-        return str(error)
-
-
-def check_convolutions() -> None:
-    """Right, or refused: never the wrong numbers that torch's own convolution makes of most placements."""
-    mesh = init_device_mesh("cpu", (2,))
-    weights = [torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    biases = [torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    mixing = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
-    message = r"^{}: got shape .* with placements .* over 2 ranks, expected Replicate\(\){}: the convolutions of"
-    whole = Replicate()
-    for of_x, of_weights, of_biases, batch, refused in (
-        (whole, whole, whole, 4, None),
-        (Shard(0), whole, whole, 4, None),
-        (Shard(0), whole, whole, 3, None),
-        (Shard(0), whole, whole, 1, "x"),  # Nothing is left for the second rank.
-        (Shard(1), whole, whole, 4, "x"),
-        (Shard(2), whole, whole, 4, "x"),
-        (Shard(3), whole, whole, 4, "x"),
-        (Partial(), whole, whole, 4, "x"),
-        (whole, Shard(0), Shard(0), 4, "weights\\[0\\]"),
-        (Shard(1), Shard(1), whole, 4, "x"),
-        (whole, whole, Shard(0), 4, "biases\\[0\\]"),
-    ):
-        case = (of_x, of_weights, of_biases, batch)
-        x = torch.randn(batch, 4, 6, 6, dtype=torch.float64, requires_grad=True)
-        expected = F.mixed_conv2d(x, weights, mixing, biases, padding=1)
-        leaves = [x, *weights, mixing, *biases]
-        placements = [of_x, of_weights, of_weights, whole, of_biases, of_biases]
-        there = [distributed(mesh, leaf, placement) for leaf, placement in zip(leaves, placements, strict=True)]
-        call = functools.partial(F.mixed_conv2d, there[0], there[1:3], there[3], there[4:], padding=1)
-        if refused:
-            found = outcome(call)
-            or_rows = r", or Shard\(dim=0\) with a row for every rank" if refused == "x" else ""
-            assert isinstance(found, str) and re.match(message.format(refused, or_rows), found), (case, found)
-            continue
-        y = call()
-        torch.testing.assert_close(full(y), expected)
-        dy = torch.randn_like(expected)
-        gradients = torch.autograd.grad(y, there, distribute_tensor(dy, mesh, [whole]))
-        for found, truth in zip(gradients, torch.autograd.grad(expected, leaves, dy), strict=True):
-            torch.testing.assert_close(full(found), truth, msg=lambda m, c=case: f"{c}: {m}")
-    plain = torch.nn.functional.conv2d(distributed(mesh, x, whole), distributed(mesh, weights[0], Shard(0)))
-    assert plain.shape[1] == 6 and plain.full_tensor().shape[1] == 3  # Half of its channels, for all of them.
-
-
-def test_convolutions_are_right_or_refused(ranks: Ranks) -> None:
-    ranks.run(check_convolutions)
-
-
-def check_attention() -> None:
-    """As torch's own attention of the same placements: right, or refused with the same message."""
-    mesh = init_device_mesh("cpu", (2,))
-    source, other = (nn.MultiheadAttention(8, 2, batch_first=True).double() for _ in range(2))
-    alone = nn.ModuleList([source, ReplacementMultiheadAttention((source, other)), other])
-    xs = [torch.randn(3, 4, 8, dtype=torch.float64) for _ in range(2)]
-    there = [distribute_tensor(x, mesh, [Replicate()]) for x in xs]
-    right = []
-    for placement, key, need_weights in itertools.product((Replicate(), Shard(0), Shard(1)), (0, 1), (True, False)):
-        model = copy.deepcopy(alone)
-
-        def place(name: str, module: nn.Module, mesh: DeviceMesh, placement: Placement = placement) -> None:
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                mine = (
-                    Replicate()
-                    if key == "coefficients" or parameter.dim() <= getattr(placement, "dim", 0)
-                    else placement
-                )
-                module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.data, mesh, [mine])))
-
-        distribute_module(model, mesh, place)
-
-        def run(
-            layers: nn.ModuleList, j: int, inputs: list[Tensor], key: int = key, weights: bool = need_weights
-        ) -> Tensor:
-            layers.zero_grad()
-            y = full(layers[j](inputs[0], inputs[key], inputs[key], need_weights=weights)[0])
-            y.square().sum().backward()
-            return y
-
-        plain, mixed = (outcome(functools.partial(run, model, j, there)) for j in (0, 1))
-        if isinstance(mixed, str):
-            assert mixed.splitlines()[0] == plain.splitlines()[0]
-            continue
-        right.append((placement, key, need_weights))
-        torch.testing.assert_close(mixed, run(alone, 1, xs))
-        check_same_gradients(model, alone)
-    assert set(right) >= {(Replicate(), 0, True), (Shard(0), 1, True), (Shard(1), 0, True), (Shard(1), 1, True)}
-
-
-def test_attention_is_right_or_refused_as_torchs_own(ranks: Ranks) -> None:
-    ranks.run(check_attention)
-
-
-# What is refused.
-
-
-def check_refused() -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    prev, last = nn.Linear(6, 8), nn.Linear(6, 8)
-    layer = ReplacementLinear.from_neighbours(prev, last)
-    for style in (torchs.ColwiseParallel, torchs.RowwiseParallel):
-        with pytest.raises(NotImplementedError, match=r"currently only support nn\.Linear and nn\.Embedding"):
-            parallelize_module(layer, mesh, style())
-    x = torch.randn(3, 6)
-    parallelize_module(prev, mesh, ColwiseParallel())
-    with pytest.raises(RuntimeError, match=r"^weights\[0\]: got a DTensor where x is none, expected all or none"):
-        layer(x)
-    parallelize_module(last, mesh, ColwiseParallel())
-    replicated = distribute_tensor(x, mesh, [Replicate()])
-    with pytest.raises(RuntimeError, match=r"^x: got a DTensor where biases\[0\] is none, expected all or none"):
-        F.mixed_linear(replicated, [prev.weight, last.weight], layer.coefficients, [torch.ones(8)] * 2)
-    elsewhere = distribute_tensor(x, DeviceMesh("cpu", [1, 0]), [Replicate()])
-    for call in (prev, layer):
-        with pytest.raises(RuntimeError, match=r"^Cannot run aten\.\S+ on inputs with different meshes"):
-            call(elsewhere)
-    parallelize_module(layer, mesh, ColwiseParallel())
-    torch.testing.assert_close(layer(x), 0.5 * prev(x) + 0.5 * last(x))
-
-
-def test_sources_that_are_sharded_alone_raise(ranks: Ranks) -> None:
-    ranks.run(check_refused)

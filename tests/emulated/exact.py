@@ -64,7 +64,7 @@ def _reference(call: Call) -> Any:
 
 
 def kept(gradients: Gradients, wanted: Wanted) -> list[Tensor]:
-    """Those that were wanted, in their order."""
+    """The gradients that were wanted, in their order."""
     weights, coefficients, biases = gradients
     found = [gradient for gradient, want in zip(weights, wanted.weights, strict=True) if want]
     found += [coefficients] * wanted.coefficients

@@ -14,7 +14,7 @@ from tests.emulated.compilers import find_nvcc
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 FILES = tuple(sorted(path.stem for path in SOURCES.glob("*_sm80.cu")))
 MATRIX_INSTRUCTION = {"f16": "HMMA.16816.F32 ", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32"}
-"""Which take their operands, the mixed weight first, from registers."""
+"""What takes its operands, the mixed weight first, from registers."""
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -34,7 +34,7 @@ def test_machine_code(file: str, element: str, arch: str, tmp_path: Path) -> Non
             continue
         assert MATRIX_INSTRUCTION[element] in code, name
         assert "LDL" not in code and "STL" not in code, name
-        if name.startswith("small"):
+        if name.startswith("skinny"):
             assert "LDG.E.128" in code, f"{name}: sources are to be read 16 bytes at a time"
         else:
             assert re.search(r"LDGSTS\.E\.BYPASS[.\w]*\.128", code), f"{name}: 16 bytes are to be copied at a time"
@@ -52,7 +52,7 @@ def compile_to(cubin: Path, file: str, element: str, arch: str) -> str:
 
 
 def machine_code(cubin: Path) -> dict[str, str]:
-    """Of each kernel."""
+    """The code of each kernel, by its name."""
     triton = pytest.importorskip("triton", reason="nvdisasm comes with Triton, which has no package for this platform")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout

@@ -33,7 +33,7 @@ INTO = {
 def problem_of(op: str, **options: Any) -> Problem:
     if "linear" in op:
         return Problem(40, 18, 24, **options)
-    return Problem(1, 10, 16, (3, 3), (4, 5), padding=1, layout="channels_last", **options)
+    return Problem(2, 10, 16, (3, 3), (4, 5), padding=1, layout="channels_last", **options)
 
 
 def wgrad_of(op: str, into: str = "mixed", **options: Any) -> Call:

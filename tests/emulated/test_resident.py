@@ -163,7 +163,7 @@ def test_infinite_values() -> None:
 
 
 def test_repeats() -> None:
-    """The same bits, however many blocks there are, and in whatever order they run."""
+    """The result has the same bits, however many blocks there are, and in whatever order they run."""
     problem = Problem((2, 12, 13, 12), 16, (3, 3), F32, padding=1)
     assert torch.equal(problem.forward(blocks=1, seed=1), problem.forward(blocks=3, seed=2))
 

@@ -120,7 +120,7 @@ def test_infinite_coefficients(transposed: bool) -> None:
 
 
 def test_repeats() -> None:
-    """The same bits, in whatever order warps and blocks run."""
+    """The result has the same bits, in whatever order warps and blocks run."""
     problem = Problem(11, 40, 1100, F32)
     first = problem.run(splits=1, seed=1).clone()
     assert torch.equal(problem.run(splits=1, seed=2), first)

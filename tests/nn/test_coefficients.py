@@ -19,11 +19,6 @@ def pair(*shape: int, n: int = 2, dtype: torch.dtype = torch.float64) -> tuple[T
     return torch.randn(*shape, dtype=dtype), [torch.randn(*shape, dtype=dtype) for _ in range(n)]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 # The module.
 
 

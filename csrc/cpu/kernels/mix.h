@@ -10,23 +10,23 @@
 namespace rl_kernels::cpu {
 namespace {
 
-// Terms in source order, as every backend adds them; source(j) and factor(j) are numbers or vectors of them.
-template <class Source, class Factor> inline auto mix(int sources, const Source &source, const Factor &factor) {
-  auto total = source(0) * factor(0);
-  for (int j = 1; j < sources; ++j)
-    total += source(j) * factor(j);
+// Terms in source order, as every backend adds them.
+template <class T> inline Vector<T> mix(const Vector<T> *sources, const Vector<T> *factors, int n) {
+  Vector<T> total = sources[0] * factors[0];
+  for (int j = 1; j < n; ++j)
+    total += sources[j] * factors[j];
   return total;
 }
 
-// The same with Replacement Learning's case of two sources apart, for who mixes a vector a row. Two functions, since
-// which product of the first sum is fused depends on the branch, and the last bit of W on that.
-template <class Source, class Factor>
-inline auto mix_two_apart(int sources, const Source &source, const Factor &factor) {
+// The same for who mixes a vector a row: source(j) and factor(j) are read one by one, and Replacement Learning's case
+// of two sources is apart. Two functions, since the compiler chooses by their form which product of the first sum it
+// fuses, and with it the last bit of W.
+template <class Source, class Factor> inline auto mix_apart(int n, const Source &source, const Factor &factor) {
   auto total = source(0) * factor(0);
-  if (sources == 2)
+  if (n == 2)
     total += source(1) * factor(1);
   else
-    for (int j = 1; j < sources; ++j)
+    for (int j = 1; j < n; ++j)
       total += source(j) * factor(j);
   return total;
 }
@@ -101,7 +101,6 @@ public:
     const int count = recipe_.sources;
     for (int j = 0; j < count; ++j)
       factors[j] = broadcast(factor(j, o));
-    const auto factor_of = [&](int j) { return factors[j]; };
     S gathered[max_sources][chunk];
     for (int64_t first = 0; first < n; first += chunk) {
       const int64_t some = min(chunk, n - first);
@@ -110,20 +109,19 @@ public:
       for (int j = 0; j < count; ++j)
         rows[j] = source_row(j, o, q + first, some, gathered[j]);
       T *to = out + first;
-      const auto value = [&](int j) { return values[j]; };
       if (count == 2) // Replacement Learning's case, without the loops over sources
         for (; l + width<T> <= some; l += width<T>) {
           __builtin_prefetch(rows[0] + l + ahead, 0, 2);
           __builtin_prefetch(rows[1] + l + ahead, 0, 2);
           values[0] = load(rows[0] + l);
           values[1] = load(rows[1] + l);
-          store(to + l, rounded<X>(mix(2, value, factor_of)));
+          store(to + l, rounded<X>(mix<T>(values, factors, 2)));
         }
       for (; l < some; l += width<T>) {
         const bool whole = l + width<T> <= some;
         for (int j = 0; j < count; ++j)
           values[j] = whole ? load(rows[j] + l) : load_part(rows[j] + l, some - l);
-        const Vector<T> total = rounded<X>(mix(count, value, factor_of));
+        const Vector<T> total = rounded<X>(mix<T>(values, factors, count));
         if (whole)
           store(to + l, total);
         else
@@ -132,15 +130,22 @@ public:
     }
   }
 
+  // The same in one body for every pack of W^T: inlined apart, forwards could differ in the last bit of W.
+  __attribute__((noinline)) void shared_row(int64_t o, int64_t q, int64_t n, T *out, int64_t ahead) const {
+    row(o, q, n, out, ahead);
+  }
+
   // The mixed bias of channel o, rounded to X; 0 without biases.
   T bias(int64_t o) const {
     if (recipe_.bias[0] == nullptr)
       return 0;
-    const auto source = [&](int j) {
-      return load_one(static_cast<const S *>(recipe_.bias[j]) + o * recipe_.bias_stride[j]);
-    };
+    T total = 0;
+    for (int j = 0; j < recipe_.sources; ++j) {
+      const T term = factor(j, o) * load_one(static_cast<const S *>(recipe_.bias[j]) + o * recipe_.bias_stride[j]);
+      total = j == 0 ? term : total + term;
+    }
     X result;
-    store_one(&result, mix(recipe_.sources, source, [&](int j) { return factor(j, o); }));
+    store_one(&result, total);
     return load_one(&result);
   }
 
@@ -176,7 +181,7 @@ public:
     __builtin_prefetch(from_[r][sources_ - 1] + l + ahead_, 0, 2);
     const auto source = [&](int j) { return load(from_[r][j] + l); };
     const auto factor = [&](int j) { return factors_[r][j]; };
-    return rounded<X>(mix_two_apart(sources_, source, factor));
+    return rounded<X>(mix_apart(sources_, source, factor));
   }
 
 private:

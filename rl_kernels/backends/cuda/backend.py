@@ -24,7 +24,7 @@ MAX_GROUPS = (1 << 16) - 1
 MAX_COUNT = (1 << 31) - 512
 """How many pixels or channels 31 bits count, with room for a tile past the last."""
 LEAST_CHANNELS = 16
-"""Of a group, of input and output, for ``auto``: products of fewer are mostly padding."""
+"""The fewest input and output channels of a group for ``auto``: products of fewer are mostly padding."""
 
 
 def _files() -> list[Path]:

@@ -51,7 +51,7 @@ def _expanded(table: Mapping[str, Facts]) -> dict[str, Facts]:
 
 
 def _names(pattern: str) -> Iterator[str]:
-    """Those of a pattern with alternatives in braces, as a shell expands it."""
+    """The names that a pattern with alternatives in braces stands for, as a shell expands it."""
     return map("".join, itertools.product(*(part.split(",") for part in re.split(r"[{}]", pattern))))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rl_kernels import _extension
 from rl_kernels._version import __version__
+from rl_kernels.backends.gpu.operands import on_device
 
 NAME = "_cuda"
 RECORD = "_build_cuda.json"
@@ -57,9 +58,8 @@ def launch(
     try:
         if EXTENSION.module is None:
             raise RuntimeError(f"the CUDA kernels are missing: {EXTENSION.missing}")
-        device = operands[0].device
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
+        with on_device(operands[0]):
+            stream = torch.cuda.current_stream(operands[0].device).cuda_stream
             EXTENSION.module.launch(name, grid, shared_bytes, stream, bytes(params))
     except Exception as error:  # torch raises AssertionError where it is built without CUDA
         shapes = ", ".join(str(tuple(operand.shape)) for operand in operands)

@@ -97,12 +97,12 @@ def _products(asked: Differentiation) -> Tensor | None:
     if splits > 1:
         partial = dy.new_empty((splits, out, columns), dtype=torch.float32)
     params = _params(asked, choice, dots, partial)
-    layer, shape = "linear" if asked.linear else "conv", f"{config.rows}x{config.columns}"
-    kernel, reduction = (f"{layer}_{name}_{shape}_{configs.ELEMENTS[dy.dtype]}" for name in ("wgrad", "wgrad_reduce"))
-    facts, operands = KERNELS[kernel], (dy, asked.x, *recipe.weights)
-    shared_bytes = max(config.stages * facts.stage_bytes, facts.epilogue_bytes)
+    layer, shape = "linear" if asked.linear else "conv", f"{config.rows}x{config.columns}_{configs.ELEMENTS[dy.dtype]}"
+    kernel, operands = f"{layer}_wgrad_{shape}", (dy, asked.x, *recipe.weights)
+    shared_bytes = max(config.stages * KERNELS[kernel].stage_bytes, KERNELS[kernel].epilogue_bytes)
     extension.launch(asked.op, kernel, (tiles, asked.groups, splits), shared_bytes, params, operands)
     if splits > 1:
+        reduction = f"{layer}_wgrad_reduce_{shape}"
         extension.launch(asked.op, reduction, (tiles, asked.groups, 1), 0, params, operands)
     return dots
 

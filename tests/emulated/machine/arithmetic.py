@@ -246,7 +246,7 @@ ORDERED: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def _comparison(d: Decoder, kind: str) -> Callable[[Array, Array], Array]:
-    """Of NaNs, ordered comparisons are false and unordered ones, as ltu, true."""
+    """Comparisons. Of NaNs, ordered ones are false and unordered ones, as ltu, true."""
     name = next(m for m in d.has if m in ORDERED or m.removesuffix("u") in ORDERED or m in ("num", "nan"))
     if name == "num":
         return lambda a, b: ~(np.isnan(a) | np.isnan(b))

@@ -64,7 +64,7 @@ def _barrier(d: Decoder) -> Run:
 
 
 def _together(warp: Warp, mask: Array, members: Array) -> None:
-    """That all lanes that are named, and have not exited, are executing this."""
+    """Check that all lanes that are named, and have not exited, are executing this."""
     named = (int(members[mask.argmax()]) >> np.arange(32) & 1).astype(bool)
     missing = named & ~mask & ((warp.pcs < GONE) | warp.mask)
     if missing.any():

@@ -168,7 +168,7 @@ class Decoder:
 
     @property
     def space(self) -> str:
-        """Of a memory access; empty for generic."""
+        """The state space of a memory access; empty for generic."""
         spaces = ("shared", "global", "local", "param", "const")
         return next((m.split("::")[0] for m in self.has if m.split("::")[0] in spaces), "")
 

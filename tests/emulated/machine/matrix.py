@@ -75,7 +75,7 @@ class Fragment:
 
 
 def whole(mask: Array) -> None:
-    """That all lanes take part."""
+    """Check that all lanes take part."""
     if not mask.all():
         raise Fault("a matrix instruction without all lanes of the warp", int((~mask).argmax()))
 

@@ -68,7 +68,7 @@ class Mbarrier:
         return f"mbarrier {self.address:#x}: {self.pending} arrivals and {self.bytes} bytes pending, phase {self.phase}"
 
     def end(self) -> None:
-        """That no bytes are pending when it is not used any more."""
+        """Check that no bytes are pending when it is not used any more."""
         if self.bytes:
             fault = Fault(f"{self.bytes} bytes pending at the end of an mbarrier", None, self.address)
             raise fault.at(self.step.source, self.warp)

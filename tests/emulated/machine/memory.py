@@ -123,7 +123,7 @@ class Storage:
         return index
 
     def check_read(self, index: Array, size: int, lanes: Array, base: int, warp: int, plain: bool) -> None:
-        """That the bytes are valid, and written by this warp or before a barrier."""
+        """Check that the bytes are valid, and written by this warp or before a barrier."""
         self.check_written(index, size, lanes, base, warp, "read of bytes that another warp", plain)
         invalid = _partial(self.valid, size, index)
         _report(invalid, f"read of bytes of {self.name} that were never written", lanes, index * size, base)
@@ -133,7 +133,7 @@ class Storage:
     def check_write(
         self, index: Array, size: int, lanes: Array, base: int, warp: int, plain: bool, same: Array | bool = False
     ) -> None:
-        """That no other warp has touched the bytes since a barrier, unless to write the same: compilers do that."""
+        """Check that no other warp has touched the bytes since a barrier, unless to write the same, as compilers do."""
         self.check_written(index, size, lanes, base, warp, "write of bytes that another warp", plain, same)
         if self.clocks is None:
             return
@@ -153,7 +153,7 @@ class Storage:
             self.generic.reshape(-1, size)[index] = generic
 
     def check_proxy(self, index: Array, size: int, lanes: Array, base: int, warp: int, kind: str) -> None:
-        """That there is a proxy fence between ordinary writes and an asynchronous operation."""
+        """Check that there is a proxy fence between ordinary writes and an asynchronous operation."""
         if self.clocks is None:
             return
         written, writer = self.written.reshape(-1, size)[index], self.writer.reshape(-1, size)[index]
@@ -221,7 +221,7 @@ class Memory:
             storage.valid.reshape(-1, wide)[index] = 255
 
     def check_source(self, addresses: Array, lanes: Array, size: int, warp: int) -> None:
-        """That a load would be right."""
+        """Check that a load would be right."""
         for storage, base, where, offsets in self._regions(addresses, lanes, size):
             storage.check_read(storage.place(offsets, size, lanes[where], base), size, lanes[where], base, warp, True)
 
@@ -300,7 +300,7 @@ class Memory:
 
 
 def _partial(flags: Array, size: int, index: Array) -> Array:
-    """Which of the units of ``size`` bytes are not flagged altogether."""
+    """Whether units of ``size`` bytes lack a flag somewhere."""
     if size > 8:
         return np.asarray(~flags.reshape(-1, size)[index].all(1))
     return np.asarray(flags.view(RAW[size])[index] != (1 << 8 * size) - 1)

@@ -30,7 +30,7 @@ TENSORMAP = np.dtype(
 )
 """What is in the 128 bytes, which hardware keeps to itself; the fields, and their numbers, are tensormap.replace's."""
 BYTES = dict(enumerate((1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2)))
-"""Of an element of each elemtype."""
+"""Bytes of an element of each elemtype."""
 NANS: dict[int, np.generic] = {6: np.uint16(0x7FFF), 7: np.uint32(0x7FFFFFFF), 10: np.uint16(0x7FFF)}
 UNIT = 16
 """Bytes that a swizzle keeps together, and by which all is aligned."""
@@ -126,7 +126,7 @@ class Box:
         return raw.reshape(-1, UNIT)
 
     def store(self, warp: Warp, units: Array) -> None:
-        """Those within the tensor."""
+        """Write the elements that are within the tensor."""
         found = self.find(warp)
         if found:
             storage, index = found

@@ -146,7 +146,7 @@ class Move:
 
 
 def execute(operations: list[Product | Move]) -> None:
-    """Those that are not done yet, in order; sums stay out of the registers from one product to the next."""
+    """The products that are not done yet, in order; sums stay out of the registers from one product to the next."""
     held: tuple[Product, Array] | None = None
     for operation in operations:
         if operation.done:
