@@ -39,13 +39,14 @@ class StridedRecipe:
     """
 
     def __init__(self, recipe: Recipe):
-        self.weights = tuple(recipe.weights)
-        self.weight_strides = tuple(strides_of(weight) for weight in recipe.weights)
-        self.coefficients = recipe.coefficients
-        self.biases = recipe.biases
-        self.per_channel = recipe.per_channel
-        self.strides = (recipe.coefficients.stride(0), recipe.coefficients.stride(1) if self.per_channel else 0)
-        self.bytes = sum(weight.element_size() for weight in recipe.weights)
+        # This is built anew in every eager call: lists, which are faster than generators.
+        weights, self.coefficients, self.biases = recipe
+        self.weights = tuple(weights)
+        self.weight_strides = tuple([strides_of(weight) for weight in weights])
+        strides = self.coefficients.stride()
+        self.per_channel = len(strides) == 2
+        self.strides = strides if self.per_channel else (strides[0], 0)
+        self.bytes = sum([weight.element_size() for weight in weights])
 
     def strides_of_features(self, transposed: bool) -> tuple[tuple[int, ...], ...]:
         """Strides of (feature, channel, depth, height, width), for W or, transposed, for the recipe of dgrad."""
@@ -57,7 +58,7 @@ class StridedRecipe:
         """The biases and their strides; stand-ins that are not read where there are none."""
         if self.biases is None:
             return self.weights, (0,) * len(self.weights)
-        return tuple(self.biases), tuple(bias.stride(0) for bias in self.biases)
+        return tuple(self.biases), tuple([bias.stride(0) for bias in self.biases])
 
 
 class GradientBuffers(NamedTuple):
@@ -82,7 +83,8 @@ class GradientBuffers(NamedTuple):
         into: Sequence[Tensor | None] | None,
     ) -> GradientBuffers:
         """For the arguments of a wgrad; ``like`` allocates a gradient, unless ``into`` has one to add to."""
-        into = into or [None] * len(recipe.weights)
+        if into is None:
+            return cls(empty_gradients(like, recipe, wanted), wanted, [False] * len(recipe.weights))
         new = [want and buffer is None for want, buffer in zip(wanted.weights, into, strict=True)]
         made = empty_gradients(like, recipe, wanted._replace(weights=new))
         weights = [empty if buffer is None else buffer for empty, buffer in zip(made.weights, into, strict=True)]
@@ -91,7 +93,7 @@ class GradientBuffers(NamedTuple):
 
 def bits(mask: Sequence[bool]) -> int:
     """A mask as an integer, bit j for element j."""
-    return sum(1 << j for j, wanted in enumerate(mask) if wanted)
+    return sum([1 << j for j, wanted in enumerate(mask) if wanted])
 
 
 def is_wide(farthest_stride: int) -> bool:
@@ -125,8 +127,11 @@ def arithmetic(dtype: torch.dtype, convolution: bool) -> Arithmetic:
     return TF32 if switches.allow_tf32 else IEEE
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on the tensor's device, which need not be the current one."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+    return _HERE
