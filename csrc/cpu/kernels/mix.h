@@ -31,6 +31,9 @@ template <class Source, class Factor> inline auto mix_apart(int n, const Source 
   return total;
 }
 
+template <class S> constexpr bool share_body = false;
+template <> constexpr bool share_body<Float16> = true;
+
 // A recipe of sources of type S whose mix is rounded to X, as rows: row o holds the elements (i, t) of output channel
 // o, taps innermost unless the first source has its input channels innermost (channels_last).
 template <class S, class X> class Mixed {
@@ -130,9 +133,13 @@ public:
     }
   }
 
-  // The same in one body for every pack of W^T: inlined apart, forwards could differ in the last bit of W.
-  __attribute__((noinline)) void shared_row(int64_t o, int64_t q, int64_t n, T *out, int64_t ahead) const {
-    row(o, q, n, out, ahead);
+  // The same for packs of W^T. With float16 sources they share one body: inlined into each, the compiler would not fuse
+  // the same products everywhere. With others that costs speed and changes nothing.
+  void packed_row(int64_t o, int64_t q, int64_t n, T *out, int64_t ahead) const {
+    if constexpr (share_body<S>)
+      shared_row(o, q, n, out, ahead);
+    else
+      row(o, q, n, out, ahead);
   }
 
   // The mixed bias of channel o, rounded to X; 0 without biases.
@@ -150,6 +157,10 @@ public:
   }
 
 private:
+  __attribute__((noinline)) void shared_row(int64_t o, int64_t q, int64_t n, T *out, int64_t ahead) const {
+    row(o, q, n, out, ahead);
+  }
+
   const Recipe &recipe_;
   int64_t in_, taps_;
   bool channels_inner_;

@@ -27,7 +27,7 @@ void pack_transposed(const Mixed<S, X> &recipe, int64_t o, int64_t n, int64_t q,
     for (int64_t first = 0; first < size; first += chunk) {
       const int64_t length = min(chunk, size - first);
       for (int64_t i = 0; i < some; ++i)
-        recipe.shared_row(o + v * w + i, q + first, length, rows[i], length);
+        recipe.packed_row(o + v * w + i, q + first, length, rows[i], length);
       for (int64_t l = 0; l < length; l += w) {
         Vector<T> block[w];
 #pragma GCC unroll 16
