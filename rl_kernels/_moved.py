@@ -60,7 +60,7 @@ class _MovedModule(types.ModuleType):
 
 
 class _Finder:
-    """Finds modules of 0.1.0, the last of all finders."""
+    """Finds modules of 0.1.0; the first of all finders, as their folders may still be there, without sources."""
 
     @staticmethod
     def find_spec(name: str, _path: Sequence[str] | None = None, _target: Any = None) -> ModuleSpec | None:
@@ -77,7 +77,8 @@ class _Finder:
 
 def find_moved_modules() -> None:
     """From now on the modules of 0.1.0 can be imported."""
-    sys.meta_path.append(_Finder)
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
 
 
 def still_callable(module: types.ModuleType, function: Callable[..., Any]) -> None:

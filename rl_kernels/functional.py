@@ -22,7 +22,7 @@ import torch.nn.functional as aten
 from torch import Tensor
 
 from rl_kernels._extension import mixed_conv_call, mixed_linear_call
-from rl_kernels.ops.arguments import CoefficientsLike, as_coefficients
+from rl_kernels.ops.arguments import CoefficientsLike, as_coefficients, is_sequence
 from rl_kernels.ops.attention import mixed_multi_head_attention
 from rl_kernels.ops.autograd import CONV, LINEAR, mixed_forward, mixed_forward_in_python
 from rl_kernels.ops.checks import check_coefficients, check_sources
@@ -82,8 +82,20 @@ def mixed_linear(
         y = mixed_linear_call(x, weights, coefficients, biases)
         if y is not None:
             return y
-    recipe = Recipe(weights, as_coefficients(coefficients, weights), biases)
+    recipe = _recipe(x, weights, coefficients, biases)
     return mixed_forward_in_python(LINEAR, x, recipe) if offered else mixed_forward(LINEAR, x, recipe)
+
+
+def _recipe(
+    x: Tensor, weights: Sequence[Tensor], coefficients: CoefficientsLike, biases: Sequence[Tensor] | None
+) -> Recipe:
+    """The recipe in the ops' form, where C++ has not taken the call; what is no tensor is refused before it is read."""
+    mixing = as_coefficients(coefficients, weights)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
+    if biases is not None and not is_sequence(biases):
+        raise TypeError(f"biases: got {type(biases).__name__}, expected a sequence of tensors or None")
+    return Recipe(weights, mixing, biases)
 
 
 def _is_read_by_cpp(coefficients: CoefficientsLike) -> bool:
@@ -156,7 +168,7 @@ def mixed_conv3d(
 
 
 def _one_a_dimension(name: str, value: int | Sequence[int], spatial: int) -> list[int]:
-    values = [value] * spatial if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Sequence) else [value] * spatial
     if len(values) == 1:
         values *= spatial
     if len(values) != spatial or not all(isinstance(v, int) for v in values):
@@ -179,9 +191,7 @@ def _mixed_conv(
         y = mixed_conv_call(x, weights, coefficients, biases, spatial, stride, padding, dilation, groups)
         if y is not None:
             return y
-    mixing = as_coefficients(coefficients, weights)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
+    recipe = _recipe(x, weights, coefficients, biases)
     if weights[0].dim() != spatial + 2:
         raise RuntimeError(
             f"weights[0]: got shape {tuple(weights[0].shape)}, expected {spatial + 2} dimensions "
@@ -201,7 +211,7 @@ def _mixed_conv(
     else:
         pads = _one_a_dimension("padding", padding, spatial)
     forward = mixed_forward_in_python if offered else mixed_forward
-    y = forward(CONV, images, Recipe(weights, mixing, biases), Geometry(strides, pads, dilations, groups))
+    y = forward(CONV, images, recipe, Geometry(strides, pads, dilations, groups))
     return y if batched else y.squeeze(0)
 
 

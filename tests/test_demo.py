@@ -101,7 +101,7 @@ def test_demo_reports_and_writes_everything(small_systems, tmp_path):
     assert image.startswith(b"\x89PNG") and len(image) > 20_000
 
     record = json.loads((tmp_path / "new" / "folder" / "demo.json").read_text())
-    assert record["schema"] == 1
+    assert record["schema"] == 2
     assert record["arguments"] == {
         "quick": False,
         "seeds": 2,
@@ -157,7 +157,7 @@ def test_help_and_version_list_the_commands_without_importing_them():
     assert rl.__version__ in CliRunner().invoke(main, ["--version"]).output
     assert CliRunner().invoke(main, ["nonsense"]).exit_code == 2
     program = "import sys; from rl_kernels.__main__ import main\nmain(['--help'], standalone_mode=False)\n"
-    program += "assert not [m for m in ('matplotlib', 'sklearn', 'rl_kernels.demo') if m in sys.modules]"
+    program += "assert not [m for m in ('matplotlib', 'sklearn', 'rl_kernels.commands.demo') if m in sys.modules]"
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 

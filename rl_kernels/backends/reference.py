@@ -91,7 +91,9 @@ def _finish(g: Tensor, total: Tensor, recipe: Recipe, wanted: Wanted) -> Gradien
     ]
     if not wanted.coefficients:
         return Gradients(dweights, coefficients.new_empty(0), dbiases)
-    rows = torch.stack([(g * weight).sum(tuple(range(1, g.dim())), dtype=torch.float64) for weight in weights])
+    # A dimension more, so that there is one to sum where the sources are vectors.
+    within = tuple(range(1, g.dim() + 1))
+    rows = torch.stack([(g * weight).unsqueeze(-1).sum(within, dtype=torch.float64) for weight in weights])
     if biases is not None:
         rows = rows + torch.stack([total.double() * bias.double() for bias in biases])
     dcoefficients = rows if recipe.per_channel else rows.sum(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ def as_coefficients(
     coefficients: CoefficientsLike, sources: Sequence[Tensor], sources_name: str = "weights", name: str = "coefficients"
 ) -> Tensor:
     """``coefficients`` as one tensor, in the dtype in which ``sources`` mix. The names are for messages."""
+    if not is_sequence(sources):
+        raise TypeError(f"{sources_name}: got {type(sources).__name__}, expected a sequence of tensors")
     # Tensors in the right form are the ops' to check; what is read here must be there.
     if not (len(sources) > 0 and isinstance(sources[0], Tensor) and isinstance(coefficients, Tensor)):
         check_sources(sources_name, sources)
@@ -40,13 +43,25 @@ def _joined(coefficients: CoefficientsLike, sources: Sequence[Tensor], sources_n
         raise RuntimeError(f"{name}: got {len(coefficients)}, expected {len(sources)} as there are {sources_name}")
     device = sources[0].device
     if not any(isinstance(c, Tensor) for c in coefficients):
-        return torch.tensor([float(c) for c in coefficients], dtype=dtype, device=device)
+        return torch.tensor([_number(c, j, name) for j, c in enumerate(coefficients)], dtype=dtype, device=device)
     parts = []
     for j, c in enumerate(coefficients):
-        part = c if isinstance(c, Tensor) else torch.tensor(float(c), dtype=dtype, device=device)
+        part = c if isinstance(c, Tensor) else torch.tensor(_number(c, j, name), dtype=dtype, device=device)
         if part.numel() != 1:
             raise RuntimeError(f"{name}[{j}]: got shape {tuple(part.shape)}, expected one element")
         if part.device != device:
             raise RuntimeError(f"{name}[{j}]: got device {part.device}, expected {device} as {sources_name}[0]")
         parts.append(part.reshape(1).to(dtype))
     return torch.cat(parts)
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether ``value`` can be indexed: a list, a tuple, an ``nn.ParameterList``; but no tensor or text."""
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, Tensor | str | dict)
+
+
+def _number(value: Any, j: int, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}[{j}]: got {value!r}, expected a float or a one-element tensor") from None

@@ -63,13 +63,12 @@ def check_coefficients(coefficients: Tensor, weights: Sequence[Tensor]) -> None:
         raise RuntimeError(f"coefficients: got device {coefficients.device}, expected {device} as weights[0]")
 
 
-def check_recipe(recipe: Recipe, dim: int) -> None:
-    """Raise unless the recipe's tensors fit one another, and its weights have ``dim`` dimensions."""
+def check_recipe(recipe: Recipe, dim: int, expected: str) -> None:
+    """Raise unless the recipe's tensors fit one another, and its weights have ``dim`` dimensions, as ``expected``."""
     weights, coefficients, biases = recipe
     check_sources("weights", weights)
     weight = weights[0]
     if weight.dim() != dim:
-        expected = "(out_features, in_features)" if dim == 2 else f"{dim} dimensions (out, in / groups, *kernel)"
         raise RuntimeError(f"weights[0]: got shape {shape_of(weight)}, expected {expected}")
     check_coefficients(coefficients, weights)
     if biases is None:

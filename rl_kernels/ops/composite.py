@@ -67,7 +67,9 @@ class Composite(NamedTuple):
         ]
         if not wanted.coefficients:
             return dweights, None, dbiases
-        rows = torch.stack([(g * weight).sum(list(range(1, g.dim()))) for weight in weights])
+        # A dimension more, so that there is one to sum where the sources are vectors.
+        within = list(range(1, g.dim() + 1))
+        rows = torch.stack([(g * weight).unsqueeze(-1).sum(within) for weight in weights])
         if biases is not None:
             total = self.sum_to_channels(dy, compute)
             rows = rows + torch.stack([total * bias for bias in biases])

@@ -17,12 +17,17 @@ from rl_kernels.ops.shapes import (
     empty_conv_output,
     empty_gradients,
 )
-from rl_kernels.ops.values import Call, Geometry, Gradients
+from rl_kernels.ops.values import Call, Geometry, Gradients, Recipe
 
 
 def _geometry(call: Call) -> Geometry:
     assert call.geometry is not None
     return call.geometry
+
+
+def _check_recipe(recipe: Recipe, geometry: Geometry) -> None:
+    dim = len(geometry.stride) + 2
+    check_recipe(recipe, dim, f"{dim} dimensions (out, in / groups, *kernel)")
 
 
 def _check_geometry(weight: Tensor, geometry: Geometry) -> None:
@@ -46,7 +51,7 @@ def _check_geometry(weight: Tensor, geometry: Geometry) -> None:
 
 def _check_forward(call: Call) -> None:
     geometry = _geometry(call)
-    check_recipe(call.recipe, dim=len(geometry.stride) + 2)
+    _check_recipe(call.recipe, geometry)
     x, weight = call.activation if call.x is None else call.x, call.recipe.weights[0]
     check_activation("x", x, weight)
     _check_geometry(weight, geometry)
@@ -94,7 +99,7 @@ def _check_dgrad(call: Call) -> None:
     dy, input_size, geometry = call.activation, call.input_size, _geometry(call)
     assert input_size is not None
     spatial = len(geometry.stride)
-    check_recipe(call.recipe, dim=spatial + 2)
+    _check_recipe(call.recipe, geometry)
     weight = call.recipe.weights[0]
     check_activation("dy", dy, weight)
     _check_geometry(weight, geometry)

@@ -18,7 +18,7 @@ from rl_kernels.ops.values import Call, Gradients
 
 def _check_forward(call: Call) -> None:
     x, weights = call.x if call.x is not None else call.activation, call.recipe.weights
-    check_recipe(call.recipe, dim=2)
+    check_recipe(call.recipe, 2, "(out_features, in_features)")
     check_activation("x", x, weights[0])
     in_features = weights[0].shape[1]
     if x.dim() == 0 or x.shape[-1] != in_features:
@@ -44,7 +44,7 @@ FORWARD = declare(
 
 def _check_dgrad(call: Call) -> None:
     dy, weights = call.activation, call.recipe.weights
-    check_recipe(call.recipe, dim=2)
+    check_recipe(call.recipe, 2, "(out_features, in_features)")
     check_activation("dy", dy, weights[0])
     out_features = weights[0].shape[0]
     if dy.dim() == 0 or dy.shape[-1] != out_features:

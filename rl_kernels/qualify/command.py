@@ -154,7 +154,9 @@ def _chosen(names: Sequence[str]) -> list[Backend]:
     backends = {backend.name: backend for backend in registered() if backend.record is not None}
     unknown = [name for name in names if name not in backends]
     if unknown:
-        raise click.BadParameter(f"got {unknown[0]!r}, expected one of {', '.join(backends)}", param_hint="--backend")
+        raise click.BadParameter(
+            f"got {unknown[0]!r}, expected one of {', '.join(backends)}, which have records", param_hint="--backend"
+        )
     return [backends[name] for name in names or backends]
 
 

@@ -63,7 +63,7 @@ def test_a_module_that_has_moved(old: str) -> None:
     }
     module = importlib.import_module(old)
     importlib.import_module("rl_kernels.systems.models")
-    vars(module).pop("models", None)  # Where the module of that name was imported before.
+    module.__dict__.pop("models", None)  # Where the module of that name was imported before.
     new = [importlib.import_module(name) for name in _moved.MODULES[old]]
     name = names.get(old) or next(name for name in vars(new[0]) if not name.startswith("_"))
     with pytest.warns(DeprecationWarning, match=rf"{old}\.{name} is "):

@@ -250,7 +250,8 @@ def otherwise(y: Tensor) -> list[Tensor]:
 def test_memory_formats(spatial: int, backend: str, dtype: torch.dtype) -> None:
     """Of outputs and gradients, for every combination of those of x and of the sources."""
     kept = formats(spatial, dtype, backend, as_y)
-    assert kept > 0 or (spatial == 3 and dtype == torch.float64)
+    own = dtype == torch.float64 or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert kept > 0 or (spatial == 3 and own), "torch's own kernels of three dimensions know of no memory format"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rl_kernels.backends import Case, registered
+from rl_kernels.backends.selection import why_not
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +15,6 @@ def _only_backends_of_this_machine(request: pytest.FixtureRequest) -> None:
     dtype = next((value for value in callspec.params.values() if isinstance(value, torch.dtype)), torch.float32)
     for backend in registered():
         if backend.name == callspec.params["backend"]:
-            reason = backend.why_not(Case(op, "cpu", dtype))
+            reason = why_not(backend, Case(op, "cpu", dtype))
             if reason is not None:
                 pytest.skip(f"{backend.name}: {reason}")

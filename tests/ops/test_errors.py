@@ -271,6 +271,38 @@ def test_an_in_place_change_before_backward_is_caught() -> None:
         y.sum().backward()
 
 
+ONE = torch.randn(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, [ONE], (1.0,)), "x: got NoneType, expected a tensor"),
+        (([1.0], [ONE], (1.0,)), "x: got list, expected a tensor"),
+        ((ONE, None, (1.0,)), "weights: got NoneType, expected a sequence of tensors"),
+        ((ONE, (ONE for _ in range(1)), (1.0,)), "weights: got generator, expected a sequence of tensors"),
+        ((ONE, ONE, (1.0,)), "weights: got Tensor, expected a sequence of tensors"),
+        ((ONE, [ONE], ("a",)), r"coefficients\[0\]: got 'a', expected a float or a one-element tensor"),
+        ((ONE, [ONE], (1j,)), r"coefficients\[0\]: got 1j, expected a float or a one-element tensor"),
+        ((ONE, [ONE], (1.0,), torch.randn(2)), "biases: got Tensor, expected a sequence of tensors or None"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_kind(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        F.mixed_linear(*arguments)
+
+
+def test_a_stride_that_is_no_integer() -> None:
+    with pytest.raises(RuntimeError, match=r"^stride: got 1\.5, expected an integer or 2 of them$"):
+        F.mixed_conv2d(torch.randn(1, 2, 3, 3), [torch.randn(2, 2, 1, 1)], (1.0,), stride=1.5)  # type: ignore[arg-type]
+
+
+def test_sources_in_a_parameter_list() -> None:
+    weights = torch.nn.ParameterList([ONE, ONE])
+    assert torch.equal(F.mixed_linear(ONE, weights, (0.5, 0.5)), F.mixed_linear(ONE, [*weights], (0.5, 0.5)))
+
+
 def test_no_backend_says_why() -> None:
     stub = Planted({}, "stub")
     case = Case("mixed_linear", "cpu", torch.float32)

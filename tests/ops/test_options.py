@@ -46,6 +46,11 @@ def options_of(problem: Problem) -> list[Problem]:
     return [Problem(**{**vars(problem), **option}) for option in options]
 
 
+def name(problem: Problem) -> str:
+    """As tests are selected by: ``-k linear``."""
+    return f"{'conv' if problem.kernel else 'linear'} {problem}"
+
+
 def flat(results: Any) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else [*results[0], results[1], *results[2]]
 
@@ -79,7 +84,7 @@ def serving(op: str, dtype: torch.dtype) -> list[str]:
     return [backend.name for backend in registered() if op in backend.kernels and backend.why_not(case) is None]
 
 
-@pytest.mark.parametrize("problem", [p for base in BASES for p in options_of(base)], ids=str)
+@pytest.mark.parametrize("problem", [p for base in BASES for p in options_of(base)], ids=name)
 @pytest.mark.parametrize("kind", ["", "_dgrad", "_wgrad"])
 def test_each_option(problem: Problem, kind: str) -> None:
     op = ("mixed_conv" if problem.kernel else "mixed_linear") + kind
@@ -88,7 +93,7 @@ def test_each_option(problem: Problem, kind: str) -> None:
         check(make_call(problem, op, dtype, CPU), backend)
 
 
-@pytest.mark.parametrize("problem", BASES, ids=str)
+@pytest.mark.parametrize("problem", BASES, ids=name)
 def test_each_gradient(problem: Problem) -> None:
     op = "mixed_conv_wgrad" if problem.kernel else "mixed_linear_wgrad"
     for backend in serving(op, torch.float32):
@@ -97,7 +102,7 @@ def test_each_gradient(problem: Problem) -> None:
             check(make_call(problem, op, torch.float32, CPU)._replace(wanted=wanted), backend)
 
 
-@pytest.mark.parametrize("problem", BASES, ids=str)
+@pytest.mark.parametrize("problem", BASES, ids=name)
 @pytest.mark.parametrize("dtypes", [*itertools.product([None, torch.bfloat16, torch.float32], repeat=2)], ids=str)
 def test_gradients_added_to_what_is_there(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> None:
     """In the sources' dtype, in float32 as main_grad is, or returned; and not of a source that wants none."""

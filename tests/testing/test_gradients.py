@@ -31,7 +31,9 @@ def test_a_model_passes(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) 
     state = copy.deepcopy(model.state_dict())
     report = check_gradients(model, torch.randn(5, 13, dtype=dtype))
     case = Case("mixed_linear", "cpu", dtype)
-    assert set(report.comparisons) == {backend.name for backend in registered() if backend.why_not(case) is None}
+    assert set(report.comparisons) == {
+        backend.name for backend in registered() if selection.why_not(backend, case) is None
+    }
     printed = capsys.readouterr().out
     assert "gradient of 2.mixing.coefficients: RMS ratio" in printed and "gradient of 0.weight" in printed
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
