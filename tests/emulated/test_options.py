@@ -72,7 +72,7 @@ def assert_added(call: Call, splits: int = 1) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("sources", [1, 2, 3, 4])
+@pytest.mark.parametrize("sources", [1, 3, 4])
 @pytest.mark.parametrize(("per_channel", "biased"), [(False, True), (True, False), (True, True)])
 def test_recipes(op: str, sources: int, per_channel: bool, biased: bool) -> None:
     run(op, problem_of(op, sources=sources, per_channel=per_channel, biased=biased), BF16)
@@ -80,7 +80,7 @@ def test_recipes(op: str, sources: int, per_channel: bool, biased: bool) -> None
 
 @pytest.mark.parametrize("op", WGRADS)
 @pytest.mark.parametrize("into", INTO)
-@pytest.mark.parametrize("sources", [1, 2, 3, 4])
+@pytest.mark.parametrize("sources", [1, 2, 4])
 @pytest.mark.parametrize(("per_channel", "biased", "splits"), [(False, True, 1), (True, False, 2)])
 def test_into(op: str, into: str, sources: int, per_channel: bool, biased: bool, splits: int) -> None:
     assert_added(wgrad_of(op, into, sources=sources, per_channel=per_channel, biased=biased), splits)
@@ -101,13 +101,17 @@ def test_into_buffers_element_by_element(op: str, layout: str, groups: int) -> N
 
 
 @pytest.mark.parametrize("op", WGRADS)
-@pytest.mark.parametrize("wanted", [*itertools.product([False, True], repeat=5)])
-def test_every_combination_of_gradients(op: str, wanted: tuple[bool, ...]) -> None:
-    """Each with and without buffers, biases, and coefficients a channel."""
-    for into, per_channel in (("returned", False), ("mixed", True), ("as sources", False)):
-        call = wgrad_of(op, into, per_channel=per_channel)
-        assert_added(call._replace(wanted=Wanted(wanted[:2], wanted[2], wanted[3:])))
-    if not any(wanted[3:]):
+@pytest.mark.parametrize(
+    ("number", "wanted"),
+    [*enumerate((*flags, *[biases] * 2) for *flags, biases in itertools.product([False, True], repeat=4))],
+)
+def test_every_combination_of_gradients(op: str, number: int, wanted: tuple[bool, ...]) -> None:
+    """With and without buffers, biases, and coefficients a channel, by turns."""
+    options = (("returned", False), ("mixed", True), ("as sources", False))
+    into, per_channel = options[number % len(options)]
+    call = wgrad_of(op, into, per_channel=per_channel)
+    assert_added(call._replace(wanted=Wanted(wanted[:2], wanted[2], wanted[3:])))
+    if number in (6, 14):
         call = wgrad_of(op, "float32", biased=False)
         assert_added(call._replace(wanted=Wanted(wanted[:2], wanted[2], [])))
 
