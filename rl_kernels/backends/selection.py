@@ -23,7 +23,7 @@ class CannotServe(RuntimeError):
 
 
 _backends: dict[str, Backend] = {}
-_candidates: dict[tuple[str, str, torch.dtype, str], tuple[Backend, ...]] = {}
+_candidates: dict[tuple[Case, str], tuple[Backend, ...]] = {}
 _served: dict[tuple[str, str, tuple[Case, ...]], tuple[Case, ...]] = {}
 _default = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 _forced: str | None = None
@@ -155,11 +155,10 @@ def backend_for(call: Call) -> Backend:
         CannotServe: the one asked for cannot serve it, or none can.
     """
     name, activation = requested(), call.activation
-    key = (call.op, activation.device.type, activation.dtype, name)
-    candidates = _candidates.get(key)
+    case = Case(call.op, activation.device.type, activation.dtype)
+    candidates = _candidates.get((case, name))
     if candidates is None:
-        candidates = _candidates[key] = _find_candidates(Case(*key[:3]), name)
-    case = Case(*key[:3])
+        candidates = _candidates[case, name] = _find_candidates(case, name)
     for backend in candidates:
         if not backend.looks_at_calls or _why_not_call(backend, case, call, name == AUTO) is None:
             return backend
