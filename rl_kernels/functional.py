@@ -102,7 +102,9 @@ def _is_read_by_cpp(coefficients: CoefficientsLike) -> bool:
     """Whether the fast path is offered a call as it stands, and not once its arguments are in the ops' form."""
     if torch.compiler.is_compiling():
         return False
-    return not (isinstance(coefficients, list | tuple) and any(isinstance(c, Tensor) for c in coefficients))
+    if isinstance(coefficients, Tensor):  # The usual case, which costs nothing more.
+        return True
+    return not (isinstance(coefficients, (list, tuple)) and any(isinstance(c, Tensor) for c in coefficients))
 
 
 def mixed_conv1d(
