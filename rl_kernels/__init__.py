@@ -14,7 +14,7 @@ from rl_kernels import _moved, backends, functional, nn
 from rl_kernels._version import __version__
 from rl_kernels.backends import services
 from rl_kernels.backends.selection import use_backend
-from rl_kernels.conversion import Plan, load_plain_state_dict, merge, plan, replace
+from rl_kernels.conversion import Plan, check, load_plain_state_dict, merge, plan, replace
 from rl_kernels.ops.accumulation import accumulate_into_grad
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "plan",
     "replace",
     "merge",
+    "check",
     "load_plain_state_dict",
     "Plan",
     "services",

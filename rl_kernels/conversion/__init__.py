@@ -7,16 +7,18 @@ How a plan comes about, top down:
 * ``walk.py``: which blocks are due, and what stands against each; on ``blocks.py``: what a model is made of.
 * ``replacing.py``: ``replace()`` carries a plan out; ``merging.py``: ``merge()`` takes it back.
 * ``encoder_fast_path.py``: torch's own fast path for encoders, which reads weights past a replaced layer.
+* ``checking.py``: ``check()``: whether a replaced model holds all that it runs on.
 * ``checkpoints.py``: plain checkpoints for replaced models.
 * ``zoo.py``: models by name, for the command ``plan``.
 
 Nothing here computes with weights but ``merging.py`` and the fit of coefficients.
 """
 
+from rl_kernels.conversion.checking import check
 from rl_kernels.conversion.checkpoints import Loaded, load_plain_state_dict
 from rl_kernels.conversion.merging import merge
 from rl_kernels.conversion.planner import plan
 from rl_kernels.conversion.plans import Plan
 from rl_kernels.conversion.replacing import replace
 
-__all__ = ["Loaded", "Plan", "load_plain_state_dict", "merge", "plan", "replace"]
+__all__ = ["Loaded", "Plan", "check", "load_plain_state_dict", "merge", "plan", "replace"]

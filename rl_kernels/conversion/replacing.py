@@ -56,11 +56,10 @@ def replace(model: Model, plan: Plan) -> Model:
     blocks = [[_find(model, block, layer, sharing) for layer in block.layers] for block in plan.replaced]
     _check_apart(blocks)
     made = {path: layer for items in blocks for path, layer in _make(items, plan.options)}
-    source_paths = {item.path: item.source_paths for items in blocks for item in items}
     for path, layer in made.items():
         model.set_submodule(path, layer)
-        steps = [source.rpartition(".") for source in source_paths[path]]
-        layer.place_sources(*((model.get_submodule(parent), name) for parent, _, name in steps))
+    for layer in made.values():
+        layer.stand_in(model)
     encoder_fast_path.switch_off(model)
     return model
 
@@ -73,7 +72,6 @@ class _Replacement:
     kind: type[ReplacementLayer]
     own: nn.Module
     sources: tuple[nn.Module, ...]
-    source_paths: tuple[str, ...]
 
 
 def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: Sharing) -> _Replacement:
@@ -102,7 +100,7 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
         raise ValueError(f"model: got shared parameters ({elsewhere}), expected those of replaced layers used once")
     if any(getattr(module, hooks, None) for module in own.modules() for hooks in _HOOKS):
         raise ValueError(f"model: got hooks at {path}, which would be lost; expected them to be registered afterwards")
-    return _Replacement(path, kind, own, sources, tuple(source_paths))
+    return _Replacement(path, kind, own, sources)
 
 
 def _layer(model: nn.Module, path: str) -> nn.Module:

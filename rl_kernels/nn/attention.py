@@ -100,7 +100,7 @@ class ReplacementMultiheadAttention(ReplacementLayer):
         """As ``ReplacementLayer``'s; ``name`` may lead through a submodule."""
         *path, last = name.split(".")
         tensors: list[Any] = []
-        for j, source in enumerate(self._seen()):
+        for j, source in enumerate(self._sources):
             for step in path:
                 source = getattr(source, step)
             tensor = parameter_of(source, last)
@@ -182,6 +182,7 @@ class ReplacementMultiheadAttention(ReplacementLayer):
 
     def _mixed_rows(self, name: str, first: int, rows: int) -> Tensor | None:
         """The mixed parameter ``name``, by the coefficients of ``rows`` output channels from ``first`` on."""
+        self._look_around()
         tensors = self._tensors(name)
         if tensors is None:
             return None

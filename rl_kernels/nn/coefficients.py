@@ -47,6 +47,9 @@ class Coefficients(nn.Module):
 
     def forward(self) -> Tensor:
         """The coefficients, ``(N,)`` or ``(N, out)``."""
+        found = self._parameters.get("coefficients")  # The usual case, without the search of nn.Module.__getattr__.
+        if found is not None:
+            return found
         return self.coefficients if self.constraint == "free" else self.logits.softmax(0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Coefficients:

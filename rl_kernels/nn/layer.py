@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rl_kernels import functional as F
+from rl_kernels.nn import recorded
 from rl_kernels.nn.adapters import check_adapters, full_name, parameter_of
 from rl_kernels.nn.coefficients import (
     GRANULARITIES,
@@ -18,6 +20,7 @@ from rl_kernels.nn.coefficients import (
     Init,
     initial_coefficients,
 )
+from rl_kernels.nn.standing import Standing, found_again
 
 Layer = TypeVar("Layer", bound="ReplacementLayer")
 Plain = TypeVar("Plain", bound=nn.Module)
@@ -45,12 +48,29 @@ class Unregistered:
         return self.modules[j]
 
 
+def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` after what every call of a replaced layer does first."""
+
+    @wraps(forward)
+    def entered(self: ReplacementLayer, *args: Any, **kwargs: Any) -> Any:
+        self._look_around()
+        if args and type(args[0]) is fx.Proxy:
+            # torch.fx traces into all layers but torch's own: a replaced one is one node, as a plain one is.
+            tracer = args[0].tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    # torch.compile counts its graphs by code object: each kind of layer has one.
+    entered.__code__ = entered.__code__.replace(co_name=forward.__name__)
+    return entered
+
+
 class ReplacementLayer(nn.Module):
     """A layer without weights of its own: it runs on ``sum_j c_j * W_j`` over its sources (arXiv 2410.01239).
 
     Its parameters are its coefficients and nothing else, or none where it borrows a block's. It refers to its sources
-    without registering them; replacing a source in its parent (``model.fc3 = ...``) leaves the reference stale: call
-    ``rebind``.
+    without registering them. After ``rl_kernels.replace``, or ``rl_kernels.check``, it knows where they stand in the
+    model, and a call raises when one has left (``model.fc3 = ...``): call ``rebind`` then.
 
     Args:
         sources: N >= 1 plain layers of one shape: for Replacement Learning the two neighbours, the previous first.
@@ -75,8 +95,19 @@ class ReplacementLayer(nn.Module):
     source_type: ClassVar[tuple[type[nn.Module], ...]]
     """What a source may be."""
 
+    converted_type: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """What torch may have made of a source since."""
+
     _holders: tuple[tuple[nn.Module, str], ...] = ()
     """The module that holds each source, and under which name; empty where nobody said so."""
+
+    _standing: Standing | None = None
+    """Where the layer and what it runs on stand in a model, once that is known."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            cls.forward = _entered(cls.forward)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -169,7 +200,7 @@ class ReplacementLayer(nn.Module):
         expected = " or ".join(kind.__name__ for kind in cls.source_type)
         if isinstance(source, ReplacementLayer):
             raise TypeError(f"{name}: got {type(source).__name__}, which is itself replaced; expected {expected}")
-        if not isinstance(source, cls.source_type):
+        if not isinstance(source, (*cls.source_type, *cls.converted_type)):
             found = type(source).__name__
             found = full_name(source) if found in expected else found  # peft's wrapper of a Linear is called Linear.
             raise TypeError(f"{name}: got {found}, expected {expected}")
@@ -212,22 +243,55 @@ class ReplacementLayer(nn.Module):
         # The layer bound before may be out of the model already, and left behind where that was moved or cast.
         moved = ("dtype", "device")
         self._check_alike("sources[0]", sources[0], "the one bound before", self._sources[0], ignored=moved)
-        self._sources = Unregistered(*sources)
+        self.run_on([*sources, *self._borrowed])
         held = zip(sources, self._holders, strict=False)
         still = [parent._modules.get(name) is source for source, (parent, name) in held]
         self._holders = self._holders if all(still) else ()
+        known = None if self._standing is None else self._standing.root(self)
+        self._standing = None
+        if known is not None:
+            self.stand_in(known[0])
+
+    @property
+    def runs_on(self) -> tuple[nn.Module, ...]:
+        """The modules whose parameters a call reads and which others own: the sources, and borrowed coefficients."""
+        return (*self._sources, *self._borrowed)
+
+    def role(self, j: int) -> str:
+        """What ``runs_on[j]`` is, for messages."""
+        return f"sources[{j}]" if j < len(self._sources) else "coefficients"
+
+    def run_on(self, modules: Sequence[nn.Module]) -> None:
+        """Exchange ``runs_on``, of which nothing is checked: see ``rebind``."""
+        count = len(self._sources)
+        self._sources, self._borrowed = Unregistered(*modules[:count]), Unregistered(*modules[count:])
+
+    def stand_in(self, model: nn.Module) -> bool:
+        """Take ``model`` for the one that holds this layer and what it runs on; from then on calls look for it there.
+
+        Returns:
+            Whether ``model`` holds all of them. Where it does not, nothing is changed.
+        """
+        paths = {id(module): path for path, module in model.named_modules()}
+        wanted = (self, *self.runs_on)
+        if not self.runs_on or self is model or any(id(module) not in paths for module in wanted):
+            return False
+        path, *others = (paths[id(module)] for module in wanted)
+        self._standing = Standing.within(model, path, others, self.runs_on)
+        return True
 
     def place_sources(self, *holders: tuple[nn.Module, str]) -> None:
-        """Say which module holds each source, and under which name: what wraps a source there is noticed then.
+        """Say which module holds each source, and under which name: adapters that are put around one are noticed then.
 
-        Without it a replaced layer sees its sources alone, and not that peft has put adapters around one.
+        ``rl_kernels.check(model)`` finds out the same and more by itself.
         """
         self._holders = holders
 
     @property
     def coefficient_module(self) -> Coefficients:
         """The module that holds the coefficients: the layer's own, or the one it borrows."""
-        module = self._borrowed[0] if len(self._borrowed) else self.mixing
+        borrowed = self._borrowed.modules
+        module = borrowed[0] if borrowed else self._modules.get("mixing") or self.mixing
         if not isinstance(module, Coefficients):
             raise TypeError(f"mixing: got {full_name(module)}, expected Coefficients")
         return module
@@ -235,9 +299,7 @@ class ReplacementLayer(nn.Module):
     @property
     def coefficients(self) -> Tensor:
         """The coefficients that mix the sources: ``(N,)`` or ``(N, out)``."""
-        values = self.coefficient_module()
-        assert isinstance(values, Tensor)
-        return values
+        return self.coefficient_module()
 
     @property
     def a(self) -> Tensor:
@@ -249,23 +311,70 @@ class ReplacementLayer(nn.Module):
         """The coefficient of the next neighbour: a view of ``coefficients``."""
         return self.coefficients[1]
 
-    def _seen(self) -> Unregistered:
-        """The sources, after a look at what stands in their places."""
-        for source, (parent, name) in zip(self._sources, self._holders, strict=False):
-            if parent._modules.get(name) is not source:
-                check_adapters(source, parent, name)
-        return self._sources
+    def _look_around(self) -> None:
+        """Raise if what the layer runs on has left its model, or has adapters around it that the mix would leave out."""
+        standing = self._standing
+        if standing is None:
+            for source, (parent, name) in zip(self._sources, self._holders, strict=False):
+                if parent._modules.get(name) is not source:
+                    check_adapters(source, parent, name)
+        elif torch.compiler.is_compiling():
+            standing.ends_hold(self.runs_on)
+        elif not standing.holds():
+            self._standing = found_again(standing, self)
+            self._look_around()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        recorded.record(self, destination, prefix)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problem = recorded.compare(self, prefix, local_metadata.get(recorded.KEY))
+        if problem:
+            error_msgs.append(problem)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            f"nn.DataParallel: got a model with a {type(self).__name__}, whose replicas would all read the first "
+            "device's sources; expected torch.nn.parallel.DistributedDataParallel, or one visible device"
+        )
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script: got a {type(self).__name__}, whose sources are other modules' parameters; expected a "
+            "model of plain layers: call rl_kernels.merge first, or torch.jit.trace"
+        )
 
     def _tensors(self, name: str) -> list[Tensor] | None:
         """The parameter ``name`` of every source, detached where asked; None where the sources have none."""
-        tensors = [parameter_of(source, name) for source in self._seen()]
+        tensors = [parameter_of(source, name) for source in self._sources]
         if tensors[0] is None:
             return None
+        if not self.detach:
+            return tensors
         return [tensor.detach() if j in self.detach else tensor for j, tensor in enumerate(tensors)]
 
-    def _mixed(self, name: str) -> Tensor | None:
+    def _evaluated(self, name: str) -> Tensor | None:
+        """The mixed parameter ``name``, within a call."""
         tensors = self._tensors(name)
         return None if tensors is None else F.mix(tensors, self.coefficients)
+
+    def _mixed(self, name: str) -> Tensor | None:
+        """The mixed parameter ``name``, for whoever reads it from outside."""
+        self._look_around()
+        return self._evaluated(name)
 
     @property
     def weight(self) -> Tensor | None:

@@ -59,6 +59,17 @@ class _ReplacementNorm(ReplacementLayer):
         return [(getattr(own, name), [getattr(source, name) for source in sources]) for name in names]
 
     @property
+    def runs_on(self) -> tuple[nn.Module, ...]:
+        """As every layer's; nothing with affine parameters of its own."""
+        return (*self._sources, *self._borrowed) if self.affine_from == "mixed" else ()
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias, within a call."""
+        if self.affine_from == "own":
+            return self._parameters["weight"], self._parameters["bias"]
+        return self._evaluated("weight"), self._evaluated("bias")
+
+    @property
     def weight(self) -> Tensor | None:
         """The layer's own weight, or the mixed one, evaluated at each access."""
         return self._parameters["weight"] if self.affine_from == "own" else self._mixed("weight")
@@ -95,6 +106,8 @@ class _ReplacementNorm(ReplacementLayer):
 class _ReplacementBatchNorm(_ReplacementNorm):
     _version = 2  # As the plain layer's: before 2 there was no num_batches_tracked.
 
+    converted_type = (nn.SyncBatchNorm,)
+
     input_dims: ClassVar[tuple[int, ...]]
     """How many dimensions an input may have."""
 
@@ -127,9 +140,9 @@ class _ReplacementBatchNorm(_ReplacementNorm):
         Raises:
             ValueError: an input of another number of dimensions; or, in training, one value a channel.
         """
-        if x.dim() not in self.input_dims:
-            expected = " or ".join(map(str, self.input_dims))
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected} dimensions")
+        if self.synchronised:
+            return nn.SyncBatchNorm.forward(self, x)  # type: ignore[arg-type]
+        self._check_input_dim(x)
         momentum = 0.0 if self.momentum is None else self.momentum
         updates = self.training and self.track_running_stats
         if updates and self.num_batches_tracked is not None:
@@ -140,7 +153,28 @@ class _ReplacementBatchNorm(_ReplacementNorm):
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
         known = updates or not self.training
         mean, variance = (self.running_mean, self.running_var) if known else (None, None)
-        return aten.batch_norm(x, mean, variance, self.weight, self.bias, by_batch, momentum, self.eps)
+        return aten.batch_norm(x, mean, variance, *self._affine(), by_batch, momentum, self.eps)
+
+    @property
+    def synchronised(self) -> bool:
+        """Whether the sources are ``nn.SyncBatchNorm`` by now; then this layer computes as one, in their group."""
+        return isinstance(self._sources[0], nn.SyncBatchNorm)
+
+    @property
+    def process_group(self) -> Any:
+        """That of the sources, where they are ``nn.SyncBatchNorm``."""
+        return getattr(self._sources[0], "process_group", None)
+
+    # The two checks have the names by which nn.SyncBatchNorm calls them.
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() not in self.input_dims:
+            expected = " or ".join(map(str, self.input_dims))
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected} dimensions")
+
+    def _check_non_zero_input_channels(self, x: Tensor) -> None:
+        if x.size(1) == 0:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected channels")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
@@ -152,6 +186,9 @@ class _ReplacementBatchNorm(_ReplacementNorm):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _plain(self) -> nn.Module:
+        if self.synchronised:
+            settings = (self.num_features, self.eps, self.momentum, True, self.track_running_stats)
+            return nn.SyncBatchNorm(*settings, self.process_group, device="meta")
         (kind,) = self.source_type
         return kind(self.num_features, self.eps, self.momentum, True, self.track_running_stats, device="meta")
 
@@ -221,7 +258,7 @@ class ReplacementLayerNorm(_ReplacementNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Layer normalization with the mixed (or own) affine parameters."""
-        return aten.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return aten.layer_norm(x, self.normalized_shape, *self._affine(), self.eps)
 
     def _plain(self) -> nn.Module:
         return nn.LayerNorm(self.normalized_shape, self.eps, device="meta")
@@ -250,7 +287,7 @@ class ReplacementGroupNorm(_ReplacementNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Group normalization with the mixed (or own) affine parameters."""
-        return aten.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return aten.group_norm(x, self.num_groups, *self._affine(), self.eps)
 
     def _plain(self) -> nn.Module:
         return nn.GroupNorm(self.num_groups, self.num_channels, self.eps, device="meta")
