@@ -61,6 +61,6 @@ def _check_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
     if left:
         raise RuntimeError(
-            f"optimizer: got one without {', '.join(left[:5])}{', ...' if len(left) > 5 else ''} of the model, expected "
-            "all parameters that require a gradient: make it after rl_kernels.replace"
+            f"optimizer: got one without {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}, expected all "
+            "of the model's parameters that require a gradient: make it after rl_kernels.replace"
         )

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from rl_kernels.conversion import encoder_fast_path
+from rl_kernels.conversion.carrying import give_back
 from rl_kernels.nn import ReplacementLayer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -15,8 +16,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def merge(model: Model) -> Model:
     """Turn every replaced layer into the plain torch layer that computes the same, in place: for deployment.
 
-    The merged layers have trainable parameters of their own, in the memory that the plain model had; what they
-    learned from the neighbours they no longer share.
+    The merged layers have parameters of their own, in the memory that the plain model had; what they learned from the
+    neighbours they no longer share. They are trainable unless all that they are mixed from was frozen. They are of the
+    class, and have the attributes, of the layers that were replaced.
 
     Returns:
         ``model``, of plain torch layers only; torch's inference fast path is on again where it was.
@@ -36,6 +38,8 @@ def merge(model: Model) -> Model:
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without replaced layers, expected one after replace")
     merged = {layer: layer.merged() for layer in dict.fromkeys(layers.values())}
+    for layer, plain in merged.items():
+        give_back(layer, plain)
     for path, layer in layers.items():
         model.set_submodule(path, merged[layer])
     encoder_fast_path.restore(model)

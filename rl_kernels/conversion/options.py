@@ -42,7 +42,7 @@ class Options:
         object.__setattr__(self, "init", _checked_init(self.init))
         check_constraint(self.constraint)
         if isinstance(self.init, tuple) and self.constraint == "convex":
-            check_convex(torch.tensor(self.init))
+            check_convex(torch.tensor(self.init, dtype=torch.float64, device="cpu"))
         if not isinstance(self.detach, Collection) or not set(self.detach) <= {0, 1}:
             raise ValueError(f"detach: got {self.detach!r}, expected indices out of 0 (the previous) and 1 (the next)")
         object.__setattr__(self, "detach", tuple(sorted(set(self.detach))))

@@ -18,14 +18,13 @@ from rl_kernels.conversion.blocks import (
     torch_class,
     why_kept,
 )
+from rl_kernels.conversion.carrying import carry, what_would_be_lost
 from rl_kernels.conversion.options import Options
 from rl_kernels.conversion.plans import Plan, PlannedLayer, ReplacedBlock
 from rl_kernels.nn import ReplacementLayer
 from rl_kernels.nn.coefficients import Init, initial_coefficients
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def replace(model: Model, plan: Plan) -> Model:
@@ -56,7 +55,9 @@ def replace(model: Model, plan: Plan) -> Model:
     blocks = [[_find(model, block, layer, sharing) for layer in block.layers] for block in plan.replaced]
     _check_apart(blocks)
     made = {path: layer for items in blocks for path, layer in _make(items, plan.options)}
+    owns = {item.path: item.own for items in blocks for item in items}
     for path, layer in made.items():
+        carry(owns[path], layer)
         model.set_submodule(path, layer)
     for layer in made.values():
         layer.stand_in(model)
@@ -98,8 +99,12 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
     elsewhere = sharing.explain(path, own)
     if elsewhere:
         raise ValueError(f"model: got shared parameters ({elsewhere}), expected those of replaced layers used once")
-    if any(getattr(module, hooks, None) for module in own.modules() for hooks in _HOOKS):
-        raise ValueError(f"model: got hooks at {path}, which would be lost; expected them to be registered afterwards")
+    lost = what_would_be_lost(own, kind)
+    if lost:
+        raise ValueError(
+            f"model: got {lost} at {path}, which would be lost; expected a layer without, or hooks that "
+            "are registered afterwards"
+        )
     return _Replacement(path, kind, own, sources)
 
 

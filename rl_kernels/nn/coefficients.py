@@ -35,15 +35,27 @@ class Coefficients(nn.Module):
         ValueError: an unknown constraint; or convex initial values that are not positive with sum 1.
     """
 
+    _start: Tensor | None = None
+    """The initial values, on the CPU: what ``reset_parameters`` sets. Coefficients of 0.1.0 do not have them."""
+
     def __init__(self, initial: Tensor, constraint: Constraint = "free"):
         super().__init__()
         check_constraint(constraint)
         self.constraint: Constraint = constraint
+        if not initial.is_meta:
+            self._start = initial.detach().to("cpu", copy=True)
         if constraint == "free":
             self.coefficients = nn.Parameter(initial.detach().clone())
             return
         check_convex(initial)
         self.logits = nn.Parameter(initial.detach().log())
+
+    def reset_parameters(self) -> None:
+        """Start anew, at the initial values: after ``to_empty``, or before another training run."""
+        parameter = self.coefficients if self.constraint == "free" else self.logits
+        start = torch.tensor(1 / self.shape[0]) if self._start is None else self._start
+        with torch.no_grad():
+            parameter.copy_(start if self.constraint == "free" else start.log())
 
     def forward(self) -> Tensor:
         """The coefficients, ``(N,)`` or ``(N, out)``."""
@@ -96,19 +108,22 @@ def initial_coefficients(
         pairs: for ``"fit"``: every own weight with its sources' weights, to be met in the least-squares sense.
 
     Returns:
-        ``(n,)`` or ``(n, out)``, float32 or float64: to be cast to the parameter's dtype.
+        ``(n,)`` or ``(n, out)``, float32 or float64: to be cast to the parameter's dtype. Whatever default device and
+        dtype are in force.
     """
     if isinstance(init, str):
         if init != "fit":
             raise ValueError(f"init: got {init!r}, expected 'fit', numbers or None")
         found = list(pairs)
+        if any(weight.is_meta for own, sources in found for weight in (own, *sources)):
+            raise ValueError("init: got 'fit' with weights on the meta device, expected weights that hold values")
         if not found:
             raise ValueError("init: got 'fit' without own=..., the plain layer whose weight is to be fitted")
         return fit(found, channel=out is not None, convex=constraint == "convex")
     shape = (n,) if out is None else (n, out)
     if init is None:
-        return torch.full(shape, 1 / n)
-    values = torch.as_tensor(init, dtype=torch.float64).detach().cpu()
+        return torch.full(shape, 1 / n, dtype=torch.float64, device="cpu")
+    values = torch.as_tensor(init, dtype=torch.float64, device="cpu").detach()
     if values.shape == (n,) and out is not None:
         values = values[:, None].expand(shape)
     if values.shape != shape:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import wraps
-from typing import Any, ClassVar, TypeVar
+from types import FunctionType
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,6 +47,18 @@ class Unregistered:
 
     def __getitem__(self, j: int) -> Any:
         return self.modules[j]
+
+
+class Belongings(NamedTuple):
+    """What hung on the layer that was replaced: see ``rl_kernels.conversion.carrying``."""
+
+    class_before: type[nn.Module]
+    shown: tuple[str, ...]
+    """Attributes that the replaced layer has now."""
+    hidden: dict[str, Any]
+    """Attributes whose names mean something else here."""
+    marks: dict[str, dict[str, Any]]
+    """Attributes of its parameters."""
 
 
 def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,6 +117,12 @@ class ReplacementLayer(nn.Module):
     _standing: Standing | None = None
     """Where the layer and what it runs on stand in a model, once that is known."""
 
+    keeps_belongings: ClassVar[bool] = False
+    """Whether a layer of this kind has a place for further parameters, buffers and submodules of ``own``."""
+
+    belongings: Belongings | None = None
+    """What hung on the layer that ``rl_kernels.replace`` replaced."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "forward" in vars(cls):
@@ -151,7 +170,7 @@ class ReplacementLayer(nn.Module):
         values = initial_coefficients(init, len(self._sources), out, constraint, pairs)
         weight = self.main_weight(self._sources[0])
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return Coefficients(values.to(weight.device, dtype), constraint)
+        return Coefficients(values.to(dtype), constraint).to(weight.device)  # Their start is known on the CPU.
 
     def _pairs_to_fit(self, own: nn.Module) -> list[tuple[Tensor, list[Tensor]]]:
         """``fit_pairs`` for this layer's granularity: at ``"channel"`` the first dimension of all is the channels."""
@@ -167,6 +186,14 @@ class ReplacementLayer(nn.Module):
         if "_places" in state:
             state["_holders"] = state.pop("_places")
         super().__setstate__(state)
+
+    def __getattr__(self, name: str) -> Any:
+        """Also the methods of the class that was replaced, where torch's own class does not have them."""
+        had = self.__dict__.get("belongings")
+        method = None if had is None else getattr(had.class_before, name, None)
+        if isinstance(method, FunctionType) and not any(hasattr(kind, name) for kind in self.source_type):
+            return method.__get__(self)
+        return super().__getattr__(name)
 
     # What a kind of layer defines.
 
@@ -301,6 +328,11 @@ class ReplacementLayer(nn.Module):
         """The coefficients that mix the sources: ``(N,)`` or ``(N, out)``."""
         return self.coefficient_module()
 
+    def reset_parameters(self) -> None:
+        """Start anew: the layer's own coefficients, where it has some, at their initial values."""
+        if isinstance(own := self._modules.get("mixing"), Coefficients):
+            own.reset_parameters()
+
     @property
     def a(self) -> Tensor:
         """The coefficient of the previous neighbour: a view of ``coefficients``."""
@@ -312,7 +344,7 @@ class ReplacementLayer(nn.Module):
         return self.coefficients[1]
 
     def _look_around(self) -> None:
-        """Raise if what the layer runs on has left its model, or has adapters around it that the mix would leave out."""
+        """Raise if what the layer runs on has left its model, or has adapters that the mix would leave out."""
         standing = self._standing
         if standing is None:
             for source, (parent, name) in zip(self._sources, self._holders, strict=False):
@@ -391,14 +423,18 @@ class ReplacementLayer(nn.Module):
         raise NotImplementedError
 
     def _filled(self, layer: Plain, values: dict[str, Tensor | None]) -> Plain:
-        """A plain ``layer`` off the meta device, with copies of ``values``, like the sources, in this layer's mode."""
+        """A plain ``layer`` off the meta device, with copies of ``values``, like the sources, in this layer's mode.
+
+        Its parameters require gradients where one of those that it is made from does.
+        """
         like = self.main_weight(self._sources[0])
         layer.to_empty(device=like.device).to(dtype=like.dtype)
         with torch.no_grad():
             for name, value in values.items():
                 if value is not None:
                     layer.get_parameter(name).copy_(value)
-        return layer.train(self.training)
+        made_from = (parameter for module in (self, *self.runs_on) for parameter in module.parameters())
+        return layer.requires_grad_(any(parameter.requires_grad for parameter in made_from)).train(self.training)
 
     def extra_repr(self) -> str:
         """Sources and options, for printing."""

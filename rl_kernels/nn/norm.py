@@ -42,6 +42,15 @@ class _ReplacementNorm(ReplacementLayer):
                 )
             )
 
+    def reset_parameters(self) -> None:
+        """Start anew: coefficients at their initial values, own weights at 1 and own biases at 0, no batch seen."""
+        super().reset_parameters()
+        with torch.no_grad():
+            for name, value in (("weight", 1.0), ("bias", 0.0)):
+                parameter = self._parameters.get(name)
+                if parameter is not None:
+                    parameter.fill_(value)
+
     @classmethod
     def check_source(cls, source: nn.Module, name: str) -> None:
         """Raise unless ``source`` is a norm of this kind with affine parameters."""
@@ -133,6 +142,11 @@ class _ReplacementBatchNorm(_ReplacementNorm):
         for buffer, value in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
             if buffer is not None:
                 buffer.fill_(value)
+
+    def reset_parameters(self) -> None:
+        """As every norm's, and the running statistics too."""
+        super().reset_parameters()
+        self.reset_running_stats()
 
     def forward(self, x: Tensor) -> Tensor:
         """Batch normalization with the mixed (or own) affine parameters, and the layer's own running statistics.

@@ -27,7 +27,7 @@ def record(layer: ReplacementLayer, destination: Any, prefix: str) -> None:
     """Write down on what ``layer`` runs, and warn of what the model that is saved does not hold."""
     root = _caller(nn.Module.state_dict.__code__, lambda variables: variables.get("destination") is destination)
     metadata = getattr(destination, "_metadata", None)
-    if root is None or metadata is None or not layer.runs_on:
+    if root is None or root is layer or metadata is None or not layer.runs_on:
         return
     ways = _ways(layer, root)
     metadata.setdefault(prefix[:-1], {})[KEY] = ways
@@ -44,7 +44,7 @@ def record(layer: ReplacementLayer, destination: Any, prefix: str) -> None:
 def compare(layer: ReplacementLayer, prefix: str, recorded: Any) -> str:
     """What stands against loading a layer that was saved with ``recorded``; empty where nothing does."""
     root = _caller(nn.Module.load_state_dict.__code__, lambda variables: isinstance(variables.get("self"), nn.Module))
-    if recorded is None or root is None or not layer.runs_on:
+    if recorded is None or root is None or root is layer or not layer.runs_on:
         return ""
     name = prefix[:-1] or "the layer"
     ways = _ways(layer, root)
