@@ -103,8 +103,10 @@ def replacement_for(layer: nn.Module) -> type[ReplacementLayer] | None:
 def why_kept(module: nn.Module, source: type[nn.Module]) -> str:
     """Why a layer of torch's class ``source`` cannot be replaced; empty where it can."""
     for method in ("forward", "_conv_forward"):
-        if method in vars(module) or getattr(type(module), method, None) is not getattr(source, method, None):
-            return f"{type(module).__module__}.{type(module).__qualname__} has a {method} of its own"
+        if method in vars(module):
+            return f"it has a {method} of its own, set on this instance (as accelerate's hooks do)"
+        if getattr(type(module), method, None) is not getattr(source, method, None):
+            return f"{full_name(module)} has a {method} of its own"
     if isinstance(module, nn.MultiheadAttention):
         return ""
     if module._parameters.get("weight") is None and not parametrize.is_parametrized(module, "weight"):
@@ -113,8 +115,13 @@ def why_kept(module: nn.Module, source: type[nn.Module]) -> str:
 
 
 def parts(module: nn.Module, inside: tuple[nn.Module, ...] = ()) -> Iterator[Part]:
-    """The parts of a block in registration order, each parameter in exactly one of them."""
-    yield from _parts(module, "", inside)
+    """The parts of a block in registration order. A module that the block has at two places is a part at the first."""
+    seen: set[nn.Module] = set()
+    for part in _parts(module, "", inside):
+        if part.module is None or part.module not in seen:
+            yield part
+        if part.module is not None:
+            seen.add(part.module)
 
 
 def _parts(module: nn.Module, path: str, inside: tuple[nn.Module, ...]) -> Iterator[Part]:
@@ -129,8 +136,9 @@ def _parts(module: nn.Module, path: str, inside: tuple[nn.Module, ...]) -> Itera
         return
     children = [(child_name, child) for child_name, child in module._modules.items() if child is not None]
     bare = [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
-    if bare and not children and inside:
-        yield Part(path, module, None, inside, name, sum(p.numel() for _, p in bare), f"no replacement for {name}")
+    if bare and not children:
+        reason = f"it is {name} ({full_name(module)}), for which there is no replacement"
+        yield Part(path, module, None, inside, name, sum(p.numel() for _, p in bare), reason)
         return
     for parameter_name, parameter in bare:
         place = join(path, parameter_name)
@@ -143,9 +151,14 @@ def _is_leaf(module: nn.Module) -> bool:
     return torch_class(module) is not None
 
 
+def _layers(module: nn.Module) -> Iterator[Part]:
+    """The layers of ``module`` but its norms, whether they can be replaced or not."""
+    return (part for part in parts(module) if part.module is not None and not is_norm(part.module))
+
+
 def _can_be_block(module: nn.Module) -> bool:
     """Whether ``module`` holds, or is, a layer with a matrix that can be replaced."""
-    return any(not part.why_kept and not is_norm(part.module) for part in parts(module) if part.module is not None)
+    return any(not part.why_kept for part in _layers(module))
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -159,11 +172,15 @@ def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 class _Search:
-    """Finds the stages of a model whose blocks are leaf layers, or composite."""
+    """Finds the stages of a model whose blocks are leaf layers, or composite.
 
-    def __init__(self, model: nn.Module, leaves: bool):
+    With ``any_layer`` a block may hold layers of which none can be replaced.
+    """
+
+    def __init__(self, model: nn.Module, leaves: bool, any_layer: bool = False):
         self.model = model
         self.leaves = leaves
+        self.can_be_block = (lambda module: any(True for _ in _layers(module))) if any_layer else _can_be_block
         self.known: set[type[nn.Module]] = set()
 
     def run(self) -> list[Block]:
@@ -198,10 +215,10 @@ class _Search:
 
     def _may_be(self, module: nn.Module) -> bool:
         if self.leaves:
-            return _is_leaf(module) and _can_be_block(module)
+            return _is_leaf(module) and self.can_be_block(module)
         # A bare container of blocks is a stage even where it stands among its likes.
         is_stage = type(module) in CONTAINERS and bool(self._block_classes(module))
-        return not _is_leaf(module) and not is_stage and _can_be_block(module)
+        return not _is_leaf(module) and not is_stage and self.can_be_block(module)
 
 
 def composite_blocks(model: nn.Module) -> list[Block]:
@@ -229,12 +246,19 @@ def _within(leaf: Block, block: Block) -> bool:
 
 def leaf_layers(model: nn.Module) -> list[Block]:
     """All single layers with a matrix that can be replaced, wherever they are, in registration order."""
-    found = (part for part in parts(model) if not part.why_kept and part.module is not None)
-    return [
-        Block(part.path, part.module, inside=part.inside)
-        for part in found
-        if part.module is not None and not is_norm(part.module)
-    ]
+    found = (part for part in _layers(model) if not part.why_kept)
+    return [Block(part.path, part.module, inside=part.inside) for part in found if part.module is not None]
+
+
+def obstinate_layers(model: nn.Module) -> list[tuple[str, Part]]:
+    """The layers that cannot be replaced, norms left out, each after the path of its block, or "" for none.
+
+    First those of what would be a block if they could be, then others.
+    """
+    blocks = [block for block in _Search(model, leaves=False, any_layer=True).run() if not _can_be_block(block.module)]
+    found = [(block.path, part) for block in blocks for part in _layers(block.module)]
+    seen = {id(part.module) for _, part in found}
+    return found + [("", part) for part in _layers(model) if part.why_kept and id(part.module) not in seen]
 
 
 class Sharing:

@@ -94,6 +94,13 @@ class Targets:
             return False
         return not self.targets or any(self._matches(target, block, part) for target in self.targets)
 
+    def may_want(self, block: str, part: Part) -> bool:
+        """As ``wants``, for a part that cannot be replaced: a caller's function is not asked about such."""
+        asked = [target for target in self.targets if isinstance(target, (str, type))]
+        if part.module is None or (self.norms == "own" and _norm(part)):
+            return False
+        return len(asked) < len(self.targets) or self.wants(block, part)
+
     @staticmethod
     def _matches(target: Target, block: str, part: Part) -> bool:
         if isinstance(target, str):

@@ -20,6 +20,7 @@ from rl_kernels.conversion.blocks import (
     join,
     leaf_blocks,
     leaf_layers,
+    obstinate_layers,
     parts,
     torch_class,
     why_kept,
@@ -258,22 +259,48 @@ def stages(slots: Sequence[Slot]) -> tuple[Stage, ...]:
 
 def summary(skipped: Sequence[SkippedBlock]) -> str:
     """The reasons in one line, for messages."""
-    return "; ".join(f"{block.path}: {block.reason} ({block.detail})" for block in skipped)
+    return "; ".join(f"{called(block.path)}: {block.reason} ({block.detail})" for block in skipped)
+
+
+def called(path: str) -> str:
+    """What messages call the module at ``path``."""
+    return path or "the model itself"
 
 
 def _nothing(model: nn.Module, targets: Targets, level: Level, slots: Sequence[Slot]) -> ValueError:
     name = type(model).__name__
+    kept = [(block, part) for block, part in obstinate_layers(model) if targets.may_want(block, part)]
+    # What stands in no block and has a class without a replacement comes last: many models have an embedding.
+    near = [_sentence(block, part) for block, part in kept if block or part.kind is not None]
+    far = [_sentence(block, part) for block, part in kept if not block and part.kind is None]
     if targets.targets and not any(slot.wanted for slot in slots):
         return ValueError(
             f"targets: got {', '.join(targets.labels)}, which match no layer of {name} that can be replaced"
+            f"{_listed([*near, *far])}"
         )
     expected = "expected three blocks in a row with linear, convolution or attention layers of equal shape"
     if level != "auto":
         expected += f", or another level than {level!r}"
-    reasons = [
-        SkippedBlock(number, slot.block.path, slot.obstacle.reason, slot.obstacle.detail)
+    obstacles = [
+        ("", summary([SkippedBlock(number, slot.block.path, slot.obstacle.reason, slot.obstacle.detail)]))
         for number, slot in enumerate(slots, start=1)
         if slot.obstacle is not None
     ]
-    found = f" ({summary(reasons[:3])}{'; ...' if len(reasons) > 3 else ''})" if reasons else ""
-    return ValueError(f"model: got {name}, in which nothing can be replaced{found}; {expected}")
+    reasons = _listed([*near, *obstacles, *far])
+    return ValueError(f"model: got {name}, in which nothing can be replaced{reasons}; {expected}")
+
+
+def _sentence(block: str, part: Part) -> tuple[str, str]:
+    """Why a layer stays, without and with its name."""
+    path, subject = called(join(block, part.path)), "it "
+    why = part.why_kept
+    return why, f"{path} {why.removeprefix(subject)}" if why.startswith(subject) else f"{path}: {why}"
+
+
+def _listed(reasons: Sequence[tuple[str, str]]) -> str:
+    """Up to three reasons in brackets; one that many layers have is named once, for the first of them."""
+    seen: dict[str, str] = {}
+    for why, sentence in reasons:
+        seen.setdefault(why or sentence, sentence)
+    sentences = list(seen.values())
+    return f" ({'; '.join(sentences[:3])}{'; ...' if len(sentences) > 3 else ''})" if sentences else ""
