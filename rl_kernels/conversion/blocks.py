@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from rl_kernels import nn as replacements
 from rl_kernels.nn import ReplacementLayer
 from rl_kernels.nn.adapters import full_name, has_adapters
+from rl_kernels.nn.foreign import foreign_class, foreign_kind
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -90,18 +91,18 @@ def _kinds() -> Mapping[type[nn.Module], type[ReplacementLayer]]:
 
 
 def torch_class(module: nn.Module) -> type[nn.Module] | None:
-    """The torch class with a replacement that ``module`` is an instance of, or None."""
-    return next((source for source in _kinds() if isinstance(module, source)), None)
+    """The class with a replacement, of torch or another library, that ``module`` is an instance of, or None."""
+    return next((source for source in _kinds() if isinstance(module, source)), None) or foreign_class(module)
 
 
 def replacement_for(layer: nn.Module) -> type[ReplacementLayer] | None:
-    """The class that stands in for layers of ``layer``'s torch class, or None."""
+    """The class that stands in for layers of ``layer``'s class, or None."""
     source = torch_class(layer)
-    return None if source is None else _kinds()[source]
+    return None if source is None else _kinds().get(source) or foreign_kind(source)
 
 
 def why_kept(module: nn.Module, source: type[nn.Module]) -> str:
-    """Why a layer of torch's class ``source`` cannot be replaced; empty where it can."""
+    """Why a layer of the class ``source`` cannot be replaced; empty where it can."""
     for method in ("forward", "_conv_forward"):
         if method in vars(module):
             return f"it has a {method} of its own, set on this instance (as accelerate's hooks do)"
@@ -132,7 +133,7 @@ def _parts(module: nn.Module, path: str, inside: tuple[nn.Module, ...]) -> Itera
         return
     if source is not None:
         if (size := count(module)) > 0:
-            yield Part(path, module, _kinds()[source], inside, name, size, why_kept(module, source))
+            yield Part(path, module, replacement_for(module), inside, name, size, why_kept(module, source))
         return
     children = [(child_name, child) for child_name, child in module._modules.items() if child is not None]
     bare = [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]

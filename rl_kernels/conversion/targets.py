@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from rl_kernels.conversion.blocks import Part, is_norm, join
+from rl_kernels.nn import ReplacementTransposedLinear
 
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -25,7 +26,7 @@ def _attention(part: Part) -> bool:
 def _mlp(part: Part) -> bool:
     if _attention(part) or _norm(part):
         return False
-    return isinstance(part.module, nn.Linear) or _within(part, "mlp")
+    return _linear(part) or _within(part, "mlp")
 
 
 def _conv(part: Part) -> bool:
@@ -33,7 +34,7 @@ def _conv(part: Part) -> bool:
 
 
 def _linear(part: Part) -> bool:
-    return isinstance(part.module, nn.Linear)
+    return isinstance(part.module, nn.Linear) or part.kind is ReplacementTransposedLinear
 
 
 def _norm(part: Part) -> bool:
