@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from rl_kernels.nn import ReplacementLayer
 from rl_kernels.nn.adapters import full_name, has_adapters
 from rl_kernels.nn.foreign import foreign_class, foreign_kind
 
-CONTAINERS = (nn.Sequential, nn.ModuleList)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -28,7 +29,7 @@ class Block:
     Attributes:
         path: of the block in the model.
         module: the block.
-        stage: path of the container that holds it.
+        stage: path of the container that holds it; for numbered attributes, what they have in common: ``block*``.
         inside: the modules around a single layer, the model first; empty for a block of a stage.
     """
 
@@ -64,6 +65,12 @@ class Part:
 def join(*parts: str) -> str:
     """A path from its parts, of which some may be empty."""
     return ".".join(part for part in parts if part)
+
+
+def stem(name: str) -> str | None:
+    """What a numbered name has before its number (``block`` of ``block3``); None where it ends in none."""
+    found = re.fullmatch(r"(.*?)\d+", name)
+    return None if found is None else found[1]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -108,10 +115,22 @@ def why_kept(module: nn.Module, source: type[nn.Module]) -> str:
             return f"it has a {method} of its own, set on this instance (as accelerate's hooks do)"
         if getattr(type(module), method, None) is not getattr(source, method, None):
             return f"{full_name(module)} has a {method} of its own"
-    if isinstance(module, nn.MultiheadAttention):
-        return ""
+    reason = _why_not_mixed(module)
+    if reason or isinstance(module, nn.MultiheadAttention):
+        return reason
     if module._parameters.get("weight") is None and not parametrize.is_parametrized(module, "weight"):
         return "it has no parameter named weight"
+    return ""
+
+
+def _why_not_mixed(module: nn.Module) -> str:
+    """Why the numbers that a layer holds cannot be mixed; empty where they can."""
+    for name, parameter in module.named_parameters():
+        kind = type(parameter)
+        if kind.__module__.split(".")[0] == "torchao":
+            return f"its {name} is quantised ({kind.__module__}.{kind.__qualname__})"
+        if not parameter.is_floating_point():
+            return f"its dtype is {parameter.dtype}, expected a real floating-point one"
     return ""
 
 
@@ -181,45 +200,79 @@ class _Search:
     def __init__(self, model: nn.Module, leaves: bool, any_layer: bool = False):
         self.model = model
         self.leaves = leaves
-        self.can_be_block = (lambda module: any(True for _ in _layers(module))) if any_layer else _can_be_block
+        self.any_layer = any_layer
         self.known: set[type[nn.Module]] = set()
 
     def run(self) -> list[Block]:
         # A first walk learns the classes that form blocks, for stages that have them in other shapes only.
         found = list(self._walk(self.model, ""))
         classes = {class_of(block.module) for block in found}
-        self.known = classes - {*CONTAINERS, nn.ModuleDict}
+        self.known = classes - {*CONTAINERS}
         return found if self.leaves else list(self._walk(self.model, ""))
 
     def _walk(self, module: nn.Module, path: str) -> Iterator[Block]:
-        classes = self._block_classes(module)
+        stages = self._stages(module)
         for name, child in module._modules.items():
             if child is None:
                 continue
             place = join(path, name)
-            if class_of(child) in classes and not is_norm(child) and self._may_be(child):
-                yield Block(place, child, path)
+            if name in stages:
+                yield Block(place, child, join(path, stages[name]))
             elif not _is_leaf(child):
                 yield from self._walk(child, place)
 
+    def _stages(self, module: nn.Module) -> dict[str, str]:
+        """The children of ``module`` that are blocks, with the stage's name in ``module``: empty for itself."""
+        children = _children(module)
+        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+            classes = self._block_classes(module)
+            return {name: "" for name, child in children if class_of(child) in classes and self._may_be(child)}
+        if self.leaves:
+            return {}
+        if isinstance(module, nn.ModuleDict):
+            return dict.fromkeys(self._row(children), "")
+        groups: dict[str, list[tuple[str, nn.Module]]] = defaultdict(list)
+        for name, child in children:
+            if (found := stem(name)) is not None:
+                groups[found].append((name, child))
+        return {name: f"{common}*" for common, group in groups.items() for name in self._row(group)}
+
+    def _row(self, children: list[tuple[str, nn.Module]]) -> list[str]:
+        """Which of the children are blocks where nothing says that they run one after the other: three alike or none.
+
+        Two towers, or the stages of a network, are none: what has blocks inside is searched for them.
+        """
+        alike = [self._alike(child, following) for (_, child), (_, following) in pairwise(children)]
+        rows = [class_of(children[i][1]) for i in range(len(alike) - 1) if alike[i] and alike[i + 1]]
+        found = [(name, child) for name, child in children if class_of(child) in rows and self._may_be(child)]
+        return [] if any(self._holds_stage(child) for _, child in found) else [name for name, _ in found]
+
+    def _holds_stage(self, module: nn.Module) -> bool:
+        inside = Counter(block.stage for block in self._walk(module, ""))
+        layers = _Search(module, leaves=True, any_layer=self.any_layer)
+        bare = type(module) in CONTAINERS and bool(layers._block_classes(module))
+        return bare or any(blocks > 2 for blocks in inside.values())
+
     def _block_classes(self, module: nn.Module) -> set[type[nn.Module]]:
-        """The classes whose instances among the children of ``module`` are blocks: none where it is no stage."""
+        """The classes whose instances among the children of a container are blocks: none where it is no stage."""
         if not isinstance(module, CONTAINERS):
             return set()
         children = [child for _, child in _children(module)]
         classes = {class_of(child) for child in children} & self.known
-        for child, following in pairwise(children):
-            alike = class_of(child) is class_of(following) and _shapes(child) == _shapes(following)
-            if alike and self._may_be(child) and self._may_be(following):
-                classes.add(class_of(child))
-        return classes
+        return classes | {class_of(child) for child, following in pairwise(children) if self._alike(child, following)}
+
+    def _alike(self, child: nn.Module, following: nn.Module) -> bool:
+        if class_of(child) is not class_of(following) or _shapes(child) != _shapes(following):
+            return False
+        return self._may_be(child) and self._may_be(following)
 
     def _may_be(self, module: nn.Module) -> bool:
+        can_be = any(True for _ in _layers(module)) if self.any_layer else _can_be_block(module)
         if self.leaves:
-            return _is_leaf(module) and self.can_be_block(module)
+            return _is_leaf(module) and can_be
         # A bare container of blocks is a stage even where it stands among its likes.
         is_stage = type(module) in CONTAINERS and bool(self._block_classes(module))
-        return not _is_leaf(module) and not is_stage and self.can_be_block(module)
+        return not _is_leaf(module) and not is_stage and can_be
 
 
 def composite_blocks(model: nn.Module) -> list[Block]:
@@ -227,7 +280,9 @@ def composite_blocks(model: nn.Module) -> list[Block]:
 
     A container (``nn.Sequential``, ``nn.ModuleList``) is a stage where two adjacent children have one class and equal
     parameter shapes, or where a child has a class that forms the blocks of another stage. Its children of these
-    classes are blocks. Stages are not searched inside a block. Children without parameters and norms do not count.
+    classes are blocks. So are those of an ``nn.ModuleDict``, and children with numbered names (``block0``,
+    ``block1``, ...) of any other module, where three in a row are alike and hold no stage themselves. Stages are not
+    searched inside a block. Children without parameters and norms do not count.
     """
     return _Search(model, leaves=False).run()
 
@@ -235,7 +290,8 @@ def composite_blocks(model: nn.Module) -> list[Block]:
 def leaf_blocks(model: nn.Module) -> list[Block]:
     """The layers that stand in a container as blocks do: ``nn.Linear`` in an ``nn.Sequential``, for instance.
 
-    Stages as in ``composite_blocks``. Composite blocks are not searched.
+    Stages are containers, ``nn.Sequential`` or ``nn.ModuleList``, as in ``composite_blocks``. Composite blocks are not
+    searched.
     """
     blocks = composite_blocks(model)
     return [leaf for leaf in _Search(model, leaves=True).run() if not any(_within(leaf, block) for block in blocks)]
@@ -266,14 +322,31 @@ class Sharing:
     """Which parameters and layers of a model are used at more than one place."""
 
     def __init__(self, model: nn.Module):
+        self._model = type(model).__name__
         self._owners: dict[int, list[str]] = defaultdict(list)
+        self._places: dict[int, list[str]] = defaultdict(list)
         for path, module in model.named_modules(remove_duplicate=False):
+            self._places[id(module)].append(path)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self._owners[id(parameter)].append(join(path, name))
 
+    def elsewhere(self, path: str, layer: nn.Module) -> str:
+        """Where else than at ``path`` the model holds the module ``layer``; empty where nowhere."""
+        return next((place for place in self._places[id(layer)] if place != path), "")
+
     def explain(self, path: str, layer: nn.Module) -> str:
-        """Where else the parameters of ``layer``, at ``path``, are used; empty where nowhere."""
+        """Where else the parameters of ``layer``, at ``path``, are used; empty where nowhere.
+
+        Raises:
+            ValueError: the model is a wrapper that passes ``path`` on to the one inside, as ``torch.compile`` makes.
+        """
+        places = self._places[id(layer)]
+        if path not in places:
+            raise ValueError(
+                f"model: got {self._model}, which has {path} as {places[0]}, expected the model inside it: pass the "
+                "model that was compiled or wrapped"
+            )
         for name, parameter in layer.named_parameters():
             place = join(path, name)
             others = [owner for owner in self._owners[id(parameter)] if owner != place]

@@ -11,7 +11,7 @@ from rl_kernels.conversion.blocks import check_plain, count
 from rl_kernels.conversion.options import Level, Norms, Options, Share, one_of
 from rl_kernels.conversion.plans import Plan
 from rl_kernels.conversion.targets import Target, Targets
-from rl_kernels.conversion.walk import find, stages, summary, walk
+from rl_kernels.conversion.walk import find, siblings, stages, summary, walk
 from rl_kernels.nn.coefficients import Constraint, Granularity, Init
 
 
@@ -34,10 +34,11 @@ def plan(
     arXiv 2410.01239). The model stays as it is.
 
     A block is a child of a container (``nn.Sequential``, ``nn.ModuleList``) that holds two adjacent children of one
-    class and equal parameter shapes, or children of a class that forms blocks elsewhere in the model. Blocks are
-    walked in order over the whole model. A replacement falls due ``every`` blocks after the last one, and goes to the
-    first block from there on that can be replaced: whose previous and next block in the same container have, for what
-    is to be replaced, equal shapes, and are kept themselves.
+    class and equal parameter shapes, or children of a class that forms blocks elsewhere in the model; or one of three
+    or more alike in an ``nn.ModuleDict``, or under numbered names (``block0``, ``block1``, ...) in any module. Blocks
+    are walked in order over the whole model. A replacement falls due ``every`` blocks after the last one, and goes to
+    the first block from there on that can be replaced: whose previous and next block in the same container have, for
+    what is to be replaced, equal shapes, and are kept themselves. A layer that several blocks share stays.
 
     Args:
         model: on any device, the meta device included.
@@ -50,8 +51,10 @@ def plan(
         offset: number of the block, counted from 1, at which the first replacement falls due; ``every`` by default.
         strict: a block that is due and cannot be replaced is skipped, and the next falls due ``every`` blocks later.
         level: ``"block"``; ``"layer"``: every linear, convolution and attention layer that is a target counts as a
-            block, its neighbours being the previous and the next of its class and kernel size; ``"auto"``: the layers
-            where no block has neighbours of its shape.
+            block, its neighbours being the previous and the next of its class and kernel size in the order in which
+            the model registers them; ``"auto"``: the layers where no block has neighbours of its shape, but for those
+            whose neighbour stands beside them in one module, as a key beside a query, and not in a sequence or under a
+            numbered name (``conv1``, ``conv2``).
         init: initial coefficients, as ``rl_kernels.nn.ReplacementLayer`` has them: None, two numbers, or ``"fit"``.
         constraint: ``"free"`` or ``"convex"``, as there.
         granularity: ``"scalar"`` or ``"channel"``, as there.
@@ -97,6 +100,7 @@ def plan(
         replaced=tuple(replaced),
         skipped=tuple(skipped),
         parameters=count(model),
+        siblings=siblings(slots, replaced),
     )
 
 

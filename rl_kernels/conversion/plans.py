@@ -27,6 +27,7 @@ Reason = Literal[
     "neighbour replaced",
     "shared parameters",
     "nothing to replace",
+    "siblings",
 ]
 
 _FORMAT = 2
@@ -135,6 +136,8 @@ class Plan:
         replaced: the blocks to replace.
         skipped: the blocks that were due and are not replaced.
         parameters: how many numbers the model holds before.
+        siblings: paths of replaced layers that are mixed from layers beside them in one module, which may not follow
+            one another in the computation: a key from the query and the value.
     """
 
     model: str
@@ -149,6 +152,7 @@ class Plan:
     replaced: tuple[ReplacedBlock, ...]
     skipped: tuple[SkippedBlock, ...]
     parameters: int
+    siblings: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -220,6 +224,7 @@ def _plan_from(fields: dict[str, Any]) -> Plan:
         return ReplacedBlock(sources=tuple(sources), layers=planned, kept=kept, **rest)
 
     fields["targets"] = tuple(fields["targets"])
+    fields["siblings"] = tuple(fields.get("siblings", ()))
     fields["options"] = Options(**fields["options"])
     fields["stages"] = tuple(Stage(**item) for item in fields["stages"])
     fields["replaced"] = tuple(block(**item) for item in fields["replaced"])
@@ -252,7 +257,13 @@ def _heading(plan: Plan) -> Text:
             f"{stage.blocks} {stage.class_name} in {stage.path or 'it'}" for stage in plan.stages
         )
     if plan.fell_back:
-        lines.append("No block has two neighbours of its shape: single layers are replaced instead.")
+        lines.append("No block was found between two of its shape: single layers are replaced instead.")
+    if unit == "layer":
+        lines.append("A layer's neighbours are the previous and the next of its kind, as the model registers them.")
+    if plan.siblings:
+        first, rest = plan.siblings[:3], len(plan.siblings) - 3
+        named = ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
+        lines.append(f"These stand beside their neighbours in one module, and may not follow one another: {named}.")
     due = f"A replacement falls due every {plan.every} {unit}s, first at number {plan.offset}"
     lines.append(due + (". " if plan.strict else f", and goes to the first {unit} from there on that can be replaced."))
     if plan.strict:

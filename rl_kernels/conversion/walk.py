@@ -22,6 +22,7 @@ from rl_kernels.conversion.blocks import (
     leaf_layers,
     obstinate_layers,
     parts,
+    stem,
     torch_class,
     why_kept,
 )
@@ -56,6 +57,8 @@ class Slot:
     previous: Block | None = None
     next: Block | None = None
     obstacle: Obstacle | None = None
+    siblings: tuple[str, ...] = ()
+    """Neighbours of a single layer that stand beside it in one module, as a query, a key and a value do."""
 
 
 def find(model: nn.Module, targets: Targets, level: Level) -> tuple[Literal["block", "layer"], list[Slot]]:
@@ -77,7 +80,7 @@ def _walks(model: nn.Module, targets: Targets, level: Level) -> Iterator[tuple[L
         yield "block", _slots(composite_blocks(model), model, targets)
         yield "block", _slots(leaf_blocks(model), model, targets)
     if level != "block":
-        yield "layer", _layer_slots(model, targets)
+        yield "layer", _layer_slots(model, targets, level)
 
 
 def _slots(blocks: Sequence[Block], model: nn.Module, targets: Targets) -> list[Slot]:
@@ -109,9 +112,10 @@ def _edge(slot: Slot, blocks: Sequence[Block]) -> Obstacle | None:
     return None
 
 
-def _layer_slots(model: nn.Module, targets: Targets) -> list[Slot]:
+def _layer_slots(model: nn.Module, targets: Targets, level: Level) -> list[Slot]:
     sharing = Sharing(model)
-    slots = [slot for block in leaf_layers(model) if (slot := _slot(block, targets, sharing)).wanted]
+    found = [_slot(block, targets, sharing) for block in leaf_layers(model)]
+    slots = [slot for slot in found if slot.obstacle is None or slot.obstacle.reason != "nothing to replace"]
     chains: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         chains[_kind_of_layer(slot.block.module)].append(slot)
@@ -122,8 +126,27 @@ def _layer_slots(model: nn.Module, targets: Targets) -> list[Slot]:
                 slot.obstacle = Obstacle("first", f"no {kind} before it")
             if slot.obstacle is None and slot.next is None:
                 slot.obstacle = Obstacle("last", f"no {kind} after it")
+            neighbours = [other for other in (slot.previous, slot.next) if other is not None]
+            slot.siblings = tuple(other.path for other in neighbours if _are_siblings(slot.block, other))
+            if level == "auto" and slot.siblings and slot.obstacle is None:
+                beside = f"{slot.siblings[0]} is beside it in {class_of(slot.block.inside[-1]).__name__}"
+                slot.obstacle = Obstacle("siblings", f"{beside}, not known to be before or after it")
             slot.obstacle = slot.obstacle or _mismatch(slot)
     return slots
+
+
+def _are_siblings(layer: Block, other: Block) -> bool:
+    """Whether two layers stand in one module that does not say in which order they run.
+
+    A sequence says it, and so do numbered names: ``conv1`` and ``conv2``, but not ``query`` and ``key``.
+    """
+    if layer.inside[-1:] != other.inside[-1:]:
+        return False
+    if isinstance(layer.inside[-1], (nn.Sequential, nn.ModuleList)):
+        return False
+    names = [block.path.rpartition(".")[2] for block in (layer, other)]
+    stems = {stem(name) for name in names}
+    return len(stems) > 1 or None in stems
 
 
 def _kind_of_layer(layer: nn.Module) -> str:
@@ -135,25 +158,31 @@ def _kind_of_layer(layer: nn.Module) -> str:
 
 
 def _slot(block: Block, targets: Targets, sharing: Sharing) -> Slot:
-    wanted, kept = [], []
+    wanted, kept, shared = [], [], []
     for part in parts(block.module, block.inside):
-        if not part.why_kept and targets.wants(block.path, part):
-            wanted.append(part)
+        why = part.why_kept
+        if not why and not targets.wants(block.path, part):
+            why = _why_unwanted(part, targets)
+        if not why and part.module is not None:
+            elsewhere = sharing.elsewhere(join(block.path, part.path), part.module)
+            if elsewhere:
+                why = f"shared with {elsewhere}"
+                shared.append(part)
+        if why:
+            kept.append(KeptPart(part.path, part.class_name, part.parameters, why))
         else:
-            kept.append(
-                KeptPart(part.path, part.class_name, part.parameters, part.why_kept or _why_unwanted(part, targets))
-            )
+            wanted.append(part)
     slot = Slot(block, wanted, kept)
-    if not wanted:
+    slot.obstacle = _shared(block, wanted or shared, sharing)
+    if not wanted and not shared:
         slot.obstacle = Obstacle("nothing to replace", f"no target in {class_of(block.module).__name__}")
-    slot.obstacle = slot.obstacle or _shared(slot, sharing)
     return slot
 
 
-def _shared(slot: Slot, sharing: Sharing) -> Obstacle | None:
-    for part in slot.wanted:
+def _shared(block: Block, wanted: Sequence[Part], sharing: Sharing) -> Obstacle | None:
+    for part in wanted:
         assert part.module is not None
-        elsewhere = sharing.explain(join(slot.block.path, part.path), part.module)
+        elsewhere = sharing.explain(join(block.path, part.path), part.module)
         if elsewhere:
             return Obstacle("shared parameters", elsewhere)
     return None
@@ -247,6 +276,11 @@ def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
         kept=tuple(slot.kept),
         coefficients=2 if options.share == "block" else sum(layer.coefficients for layer in layers),
     )
+
+
+def siblings(slots: Sequence[Slot], replaced: Sequence[ReplacedBlock]) -> tuple[str, ...]:
+    """The paths of replaced layers that are mixed from layers beside them in one module."""
+    return tuple(block.path for block in replaced if slots[block.number - 1].siblings)
 
 
 def stages(slots: Sequence[Slot]) -> tuple[Stage, ...]:

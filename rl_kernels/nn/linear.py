@@ -49,7 +49,7 @@ class ReplacementTransposedLinear(ReplacementLayer):
 
     It is a linear layer whose weight is ``(nx, nf)``: the inputs first. Options of ``ReplacementLayer``; granularity
     ``"channel"`` has one coefficient per source and output, the weight's second dimension. The kernels read the weights
-    through transposed views; inside ``rl_kernels.accumulate_into_grad`` their gradients take the usual way to ``.grad``.
+    through transposed views; inside ``rl_kernels.accumulate_into_grad`` their gradients take the usual way.
 
     Shape: ``(*, nx)`` to ``(*, nf)``, as the sources'.
     """

@@ -145,7 +145,8 @@ def test_single_layers_where_no_block_has_neighbours_of_its_shape():
         (14, "layer3.1.conv1", ("layer3.0.conv2", "layer3.1.conv2")),
     ]
     assert replaced(plan) == expected
-    assert "No block has two neighbours of its shape" in str(plan)
+    assert "No block was found between two of its shape" in str(plan)
+    assert plan.siblings == () and "may not follow" not in str(plan)  # conv1 and conv2 are numbered.
     assert plan.options.share == "block" and plan.replaced[0].coefficients == 2
 
 
