@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast, get_args
 
 from torch import nn
 
 from rl_kernels.conversion.blocks import check_plain, count
+from rl_kernels.conversion.memory import STATES, Optimizer, buffer_bytes, bytes_of, format_bytes, parse_bytes
 from rl_kernels.conversion.options import Level, Norms, Options, Share, one_of
 from rl_kernels.conversion.plans import Plan
 from rl_kernels.conversion.targets import Target, Targets
@@ -17,7 +18,7 @@ from rl_kernels.nn.coefficients import Constraint, Granularity, Init
 
 def plan(
     model: nn.Module,
-    every: int = 4,
+    every: int | None = None,
     *,
     targets: Target | Sequence[Target] | None = None,
     offset: int | None = None,
@@ -29,6 +30,8 @@ def plan(
     detach: Collection[int] = (),
     share: Share | None = None,
     norms: Norms = "mixed",
+    budget: int | str | None = None,
+    optimizer: Optimizer = "adamw",
 ) -> Plan:
     """Plan which blocks of ``model`` run on a mix of their neighbours' weights (Replacement Learning,
     arXiv 2410.01239). The model stays as it is.
@@ -42,7 +45,7 @@ def plan(
 
     Args:
         model: on any device, the meta device included.
-        every: at least 2, as the neighbours of a replaced block are kept.
+        every: at least 2, as the neighbours of a replaced block are kept; 4 by default.
         targets: narrows what is replaced in a block (the paper's ViT: attention only). One or several of:
             ``"attention"`` (``nn.MultiheadAttention``, and the linear layers of modules called so), ``"mlp"`` (linear
             layers outside attention, and the layers of modules called so), ``"conv"``, ``"linear"``, ``"norm"``; a
@@ -63,44 +66,93 @@ def plan(
             of its layers. None for ``"block"``, or ``"layer"`` where the granularity is ``"channel"``.
         norms: ``"mixed"``: the affine parameters of a replaced block's norms are mixed too, unless ``targets`` leaves
             them out; ``"own"``: they stay as they are. The paper does not say.
+        budget: instead of ``every``, the memory for training: an integer of bytes, or text such as ``"1.5 GiB"`` or
+            ``"800 MB"``. Chosen is the largest ``every``, so the fewest replacements, with which parameters, gradients
+            and the state of ``optimizer`` fit into it; a model that fits as it is gets these, too. Activations come on
+            top: they are not counted, and replacement leaves them as they are.
+        optimizer: whose state is counted, here and where the plan prints memory: ``"adamw"``, ``"adam"``, ``"sgd"`` or
+            ``"sgd-momentum"``.
 
     Returns:
         The plan, for ``replace``. It also names what was due and skipped, and what stays a replaced block's own.
 
     Raises:
         ValueError: an argument out of its range, a model that holds replaced layers already, or one in which nothing
-            can be replaced; the message names the argument.
+            can be replaced; or a budget that is too small for any ``every``. The message names the argument.
         TypeError: an argument of another type.
     """
     check_plain(model)
-    _at_least("every", every, 2)
+    limit = None if budget is None else parse_bytes("budget", budget)
+    if limit is not None and every is not None:
+        raise ValueError(f"budget: got {budget!r} with every={every}, expected one of the two")
+    _at_least("every", 4 if every is None else every, 2)
     if offset is not None:
         _at_least("offset", offset, 1)
     one_of("level", level, get_args(Level))
+    one_of("optimizer", optimizer, STATES)
     options = Options(cast(Any, init), constraint, granularity, cast(Any, detach), share, norms)
     chosen = Targets(targets, norms)
 
     walked, slots = find(model, chosen, level)
-    name, first = ("every", every) if offset is None else ("offset", offset)
-    if first > len(slots):
-        raise ValueError(f"{name}: got {first}, expected at most {len(slots)}, the number of {walked}s in the model")
-    replaced, skipped = walk(slots, every, first, strict, options)
-    if not replaced:
-        raise ValueError(f"{name}: got {first}, but nothing due can be replaced: {summary(skipped)}")
-    return Plan(
-        model=type(model).__name__,
-        every=every,
-        offset=first,
-        strict=bool(strict),
-        targets=chosen.labels,
-        options=options,
-        level=walked,
-        fell_back=level == "auto" and walked == "layer",
-        stages=stages(slots),
-        replaced=tuple(replaced),
-        skipped=tuple(skipped),
-        parameters=count(model),
-        siblings=siblings(slots, replaced),
+    parameter_bytes, trainable_bytes = bytes_of(model.parameters())
+
+    def planned(every: int) -> Plan:
+        first = every if offset is None else offset
+        replaced, skipped = walk(slots, every, first, strict, options)
+        return Plan(
+            model=type(model).__name__,
+            every=every,
+            offset=first,
+            strict=bool(strict),
+            targets=chosen.labels,
+            options=options,
+            level=walked,
+            fell_back=level == "auto" and walked == "layer",
+            stages=stages(slots),
+            replaced=tuple(replaced),
+            skipped=tuple(skipped),
+            parameters=count(model),
+            parameter_bytes=parameter_bytes,
+            trainable_bytes=trainable_bytes,
+            buffer_bytes=buffer_bytes(model),
+            optimizer=optimizer,
+            siblings=siblings(slots, replaced),
+        )
+
+    name = "every" if offset is None else "offset"
+    if limit is not None:
+        return _fitting(planned, range(len(slots), 1, -1), limit, budget, name)
+    return _checked(planned(4 if every is None else every), name)
+
+
+def _checked(made: Plan, name: str) -> Plan:
+    """``made``, if it replaces anything; ``name`` is the argument that says where the first falls due."""
+    if made.offset > made.blocks:
+        expected = f"expected at most {made.blocks}, the number of {made.level}s in the model"
+        raise ValueError(f"{name}: got {made.offset}, {expected}")
+    if not made.replaced:
+        raise ValueError(f"{name}: got {made.offset}, but nothing due can be replaced: {summary(made.skipped)}")
+    return made
+
+
+def _fitting(planned: Callable[[int], Plan], choices: Iterable[int], limit: int, budget: object, name: str) -> Plan:
+    """The first of the plans for these ``every`` that replaces something and fits into ``limit`` bytes."""
+    least: tuple[int, Plan] | None = None
+    for every in choices:
+        made = planned(every)
+        if not made.replaced:
+            continue
+        size = made.memory().after.training
+        if size <= limit:
+            return made
+        if least is None or size < least[0]:
+            least = size, made
+    if least is None:
+        return _checked(planned(2), name)
+    size, made = least
+    raise ValueError(
+        f"budget: got {budget!r}, expected at least {size} ({format_bytes(size)}): what parameters, gradients and the "
+        f"state of {made.optimizer} take with every={made.every}"
     )
 
 

@@ -26,6 +26,7 @@ from rl_kernels.conversion.blocks import (
     torch_class,
     why_kept,
 )
+from rl_kernels.conversion.memory import bytes_of
 from rl_kernels.conversion.options import Level, Options
 from rl_kernels.conversion.plans import (
     KeptPart,
@@ -37,6 +38,7 @@ from rl_kernels.conversion.plans import (
 )
 from rl_kernels.conversion.targets import Targets
 from rl_kernels.nn.adapters import full_name, has_adapters
+from rl_kernels.ops.mix import accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,10 @@ def _layer_slots(model: nn.Module, targets: Targets, level: Level) -> list[Slot]
                 slot.obstacle = Obstacle("last", f"no {kind} after it")
             neighbours = [other for other in (slot.previous, slot.next) if other is not None]
             slot.siblings = tuple(other.path for other in neighbours if _are_siblings(slot.block, other))
+            slot.obstacle = slot.obstacle or _mismatch(slot)
             if level == "auto" and slot.siblings and slot.obstacle is None:
                 beside = f"{slot.siblings[0]} is beside it in {class_of(slot.block.inside[-1]).__name__}"
                 slot.obstacle = Obstacle("siblings", f"{beside}, not known to be before or after it")
-            slot.obstacle = slot.obstacle or _mismatch(slot)
     return slots
 
 
@@ -262,11 +264,18 @@ def _taken(slot: Slot, replaced: Sequence[ReplacedBlock]) -> Obstacle | None:
 def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
     assert slot.previous is not None and slot.next is not None
     layers = []
+    modules = [part.module for part in slot.wanted if part.module is not None]
     for part in slot.wanted:
         assert part.module is not None and part.kind is not None
         shapes = {name: tuple(parameter.shape) for name, parameter in part.module.named_parameters()}
         channels = part.kind.out_channels_of(part.module) if options.granularity == "channel" else 1
         layers.append(PlannedLayer(part.path, part.class_name, shapes, 2 * channels))
+    size, trainable = bytes_of(parameter for module in modules for parameter in module.parameters())
+    whole = options.share == "block"
+    learned = [(modules, 2)] if whole else [([modules[i]], layer.coefficients) for i, layer in enumerate(layers)]
+    for instead_of, coefficients in learned:
+        added, trained = _coefficient_bytes(instead_of, coefficients)
+        size, trainable = size - added, trainable - trained
     return ReplacedBlock(
         number=number,
         path=slot.block.path,
@@ -274,8 +283,17 @@ def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
         sources=(slot.previous.path, slot.next.path),
         layers=tuple(layers),
         kept=tuple(slot.kept),
-        coefficients=2 if options.share == "block" else sum(layer.coefficients for layer in layers),
+        coefficients=sum(coefficients for _, coefficients in learned),
+        bytes_saved=size,
+        trainable_bytes_saved=trainable,
     )
+
+
+def _coefficient_bytes(instead_of: Sequence[nn.Module], coefficients: int) -> tuple[int, int]:
+    """The bytes of coefficients and of the trainable ones: as ``replace`` makes them in the place of layers."""
+    parameters = [parameter for module in instead_of for parameter in module.parameters()]
+    size = coefficients * accumulate_dtype(parameters[0].dtype).itemsize
+    return size, size if any(parameter.requires_grad for parameter in parameters) else 0
 
 
 def siblings(slots: Sequence[Slot], replaced: Sequence[ReplacedBlock]) -> tuple[str, ...]:
