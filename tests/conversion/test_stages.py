@@ -307,6 +307,20 @@ def test_integer_weights_stay_and_are_no_sources():
     assert [(part.path, part.reason) for part in block.kept] == [("0", reason)]
 
 
+def test_quantised_weights_stay():
+    class Int8Tensor(torch.Tensor):
+        """It shows the dtype of what it stands for, as torchao's."""
+
+    Int8Tensor.__module__ = "torchao.quantization.quantize_"
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)))
+    for pair in model:
+        pair[0].weight = nn.Parameter(pair[0].weight.detach().as_subclass(Int8Tensor))
+    (block,) = rl.plan(model, every=2).replaced
+    assert [layer.path for layer in block.layers] == ["1"]
+    (kept,) = block.kept
+    assert kept.reason.startswith("its weight is quantised (torchao.quantization.quantize_.") and kept.path == "0"
+
+
 # Compiled models.
 
 
