@@ -344,8 +344,8 @@ class Sharing:
         places = self._places[id(layer)]
         if path not in places:
             raise ValueError(
-                f"model: got {self._model}, which has {path} as {', '.join(places) or 'no module of its own'}, expected "
-                "the model inside it: pass the model that was compiled or wrapped"
+                f"model: got {self._model}, which has {path} as {', '.join(places) or 'no module of its own'}, "
+                "expected the model inside it: pass the model that was compiled or wrapped"
             )
         for name, parameter in layer.named_parameters():
             place = join(path, name)
