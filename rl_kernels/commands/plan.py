@@ -8,6 +8,7 @@ from typing import get_args
 import click
 from rich.console import Console
 
+from rl_kernels.conversion.memory import STATES, Optimizer
 from rl_kernels.conversion.options import Level, Norms, Share
 from rl_kernels.conversion.planner import plan
 from rl_kernels.conversion.targets import NAMED
@@ -17,7 +18,9 @@ from rl_kernels.nn.coefficients import GRANULARITIES
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--every", type=int, default=4, show_default=True, help="Replace a block in this many.")
+@click.option("--every", type=int, help="Replace a block in this many.  [default: 4]")
+@click.option("--budget", help="Instead: replace as few as let training fit, as 1.5GiB; activations not counted.")
+@click.option("--optimizer", type=click.Choice(list(STATES)), default="adamw", show_default=True, help="Of training.")
 @click.option("--offset", type=int, help="Number of the block at which the first falls due.  [default: as --every]")
 @click.option("--strict", is_flag=True, help="Skip what is due and cannot be replaced, instead of taking the next.")
 @click.option("--level", type=click.Choice(get_args(Level)), default="auto", show_default=True, help="What counts.")
@@ -28,7 +31,9 @@ from rl_kernels.nn.coefficients import GRANULARITIES
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Save the plan to this file too.")
 def plan_command(
     model: str,
-    every: int,
+    every: int | None,
+    budget: str | None,
+    optimizer: Optimizer,
     offset: int | None,
     strict: bool,
     level: Level,
@@ -54,6 +59,8 @@ def plan_command(
             granularity=granularity,  # type: ignore[arg-type]
             share=share,
             norms=norms,
+            budget=budget,
+            optimizer=optimizer,
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from error

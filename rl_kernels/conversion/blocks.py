@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +16,9 @@ from torch.nn.utils import parametrize
 from rl_kernels import nn as replacements
 from rl_kernels.nn import ReplacementLayer
 from rl_kernels.nn.adapters import full_name, has_adapters
+from rl_kernels.nn.foreign import foreign_class, foreign_kind
 
-CONTAINERS = (nn.Sequential, nn.ModuleList)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -27,7 +29,7 @@ class Block:
     Attributes:
         path: of the block in the model.
         module: the block.
-        stage: path of the container that holds it.
+        stage: path of the container that holds it; for numbered attributes, what they have in common: ``block*``.
         inside: the modules around a single layer, the model first; empty for a block of a stage.
     """
 
@@ -65,6 +67,12 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
+def stem(name: str) -> str | None:
+    """What a numbered name has before its number (``block`` of ``block3``); None where it ends in none."""
+    found = re.fullmatch(r"(.*?)\d+", name)
+    return None if found is None else found[1]
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalisation layer: one of torch's, or a leaf whose class is called so."""
     if isinstance(module, _NORMS) or torch_class(module) is not None:
@@ -90,31 +98,50 @@ def _kinds() -> Mapping[type[nn.Module], type[ReplacementLayer]]:
 
 
 def torch_class(module: nn.Module) -> type[nn.Module] | None:
-    """The torch class with a replacement that ``module`` is an instance of, or None."""
-    return next((source for source in _kinds() if isinstance(module, source)), None)
+    """The class with a replacement, of torch or another library, that ``module`` is an instance of, or None."""
+    return next((source for source in _kinds() if isinstance(module, source)), None) or foreign_class(module)
 
 
 def replacement_for(layer: nn.Module) -> type[ReplacementLayer] | None:
-    """The class that stands in for layers of ``layer``'s torch class, or None."""
+    """The class that stands in for layers of ``layer``'s class, or None."""
     source = torch_class(layer)
-    return None if source is None else _kinds()[source]
+    return None if source is None else _kinds().get(source) or foreign_kind(source)
 
 
 def why_kept(module: nn.Module, source: type[nn.Module]) -> str:
-    """Why a layer of torch's class ``source`` cannot be replaced; empty where it can."""
+    """Why a layer of the class ``source`` cannot be replaced; empty where it can."""
     for method in ("forward", "_conv_forward"):
-        if method in vars(module) or getattr(type(module), method, None) is not getattr(source, method, None):
-            return f"{type(module).__module__}.{type(module).__qualname__} has a {method} of its own"
-    if isinstance(module, nn.MultiheadAttention):
-        return ""
+        if method in vars(module):
+            return f"it has a {method} of its own, set on this instance (as accelerate's hooks do)"
+        if getattr(type(module), method, None) is not getattr(source, method, None):
+            return f"{full_name(module)} has a {method} of its own"
+    reason = _why_not_mixed(module)
+    if reason or isinstance(module, nn.MultiheadAttention):
+        return reason
     if module._parameters.get("weight") is None and not parametrize.is_parametrized(module, "weight"):
         return "it has no parameter named weight"
     return ""
 
 
+def _why_not_mixed(module: nn.Module) -> str:
+    """Why the numbers that a layer holds cannot be mixed; empty where they can."""
+    for name, parameter in module.named_parameters():
+        kind = type(parameter)
+        if kind.__module__.split(".")[0] == "torchao":
+            return f"its {name} is quantised ({kind.__module__}.{kind.__qualname__})"
+        if not parameter.is_floating_point():
+            return f"its dtype is {parameter.dtype}, expected a real floating-point one"
+    return ""
+
+
 def parts(module: nn.Module, inside: tuple[nn.Module, ...] = ()) -> Iterator[Part]:
-    """The parts of a block in registration order, each parameter in exactly one of them."""
-    yield from _parts(module, "", inside)
+    """The parts of a block in registration order. A module that the block has at two places is a part at the first."""
+    seen: set[nn.Module] = set()
+    for part in _parts(module, "", inside):
+        if part.module is None or part.module not in seen:
+            yield part
+        if part.module is not None:
+            seen.add(part.module)
 
 
 def _parts(module: nn.Module, path: str, inside: tuple[nn.Module, ...]) -> Iterator[Part]:
@@ -125,12 +152,13 @@ def _parts(module: nn.Module, path: str, inside: tuple[nn.Module, ...]) -> Itera
         return
     if source is not None:
         if (size := count(module)) > 0:
-            yield Part(path, module, _kinds()[source], inside, name, size, why_kept(module, source))
+            yield Part(path, module, replacement_for(module), inside, name, size, why_kept(module, source))
         return
     children = [(child_name, child) for child_name, child in module._modules.items() if child is not None]
     bare = [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
-    if bare and not children and inside:
-        yield Part(path, module, None, inside, name, sum(p.numel() for _, p in bare), f"no replacement for {name}")
+    if bare and not children:
+        reason = f"it is {name} ({full_name(module)}), for which there is no replacement"
+        yield Part(path, module, None, inside, name, sum(p.numel() for _, p in bare), reason)
         return
     for parameter_name, parameter in bare:
         place = join(path, parameter_name)
@@ -143,9 +171,14 @@ def _is_leaf(module: nn.Module) -> bool:
     return torch_class(module) is not None
 
 
+def _layers(module: nn.Module) -> Iterator[Part]:
+    """The layers of ``module`` but its norms, whether they can be replaced or not."""
+    return (part for part in parts(module) if part.module is not None and not is_norm(part.module))
+
+
 def _can_be_block(module: nn.Module) -> bool:
     """Whether ``module`` holds, or is, a layer with a matrix that can be replaced."""
-    return any(not part.why_kept and not is_norm(part.module) for part in parts(module) if part.module is not None)
+    return any(not part.why_kept for part in _layers(module))
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -159,49 +192,87 @@ def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 class _Search:
-    """Finds the stages of a model whose blocks are leaf layers, or composite."""
+    """Finds the stages of a model whose blocks are leaf layers, or composite.
 
-    def __init__(self, model: nn.Module, leaves: bool):
+    With ``any_layer`` a block may hold layers of which none can be replaced.
+    """
+
+    def __init__(self, model: nn.Module, leaves: bool, any_layer: bool = False):
         self.model = model
         self.leaves = leaves
+        self.any_layer = any_layer
         self.known: set[type[nn.Module]] = set()
 
     def run(self) -> list[Block]:
         # A first walk learns the classes that form blocks, for stages that have them in other shapes only.
         found = list(self._walk(self.model, ""))
         classes = {class_of(block.module) for block in found}
-        self.known = classes - {*CONTAINERS, nn.ModuleDict}
+        self.known = classes - {*CONTAINERS}
         return found if self.leaves else list(self._walk(self.model, ""))
 
     def _walk(self, module: nn.Module, path: str) -> Iterator[Block]:
-        classes = self._block_classes(module)
+        stages = self._stages(module)
         for name, child in module._modules.items():
             if child is None:
                 continue
             place = join(path, name)
-            if class_of(child) in classes and not is_norm(child) and self._may_be(child):
-                yield Block(place, child, path)
+            if name in stages:
+                yield Block(place, child, join(path, stages[name]))
             elif not _is_leaf(child):
                 yield from self._walk(child, place)
 
+    def _stages(self, module: nn.Module) -> dict[str, str]:
+        """The children of ``module`` that are blocks, with the stage's name in ``module``: empty for itself."""
+        children = _children(module)
+        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+            classes = self._block_classes(module)
+            return {name: "" for name, child in children if class_of(child) in classes and self._may_be(child)}
+        if self.leaves:
+            return {}
+        if isinstance(module, nn.ModuleDict):
+            return dict.fromkeys(self._row(children), "")
+        groups: dict[str, list[tuple[str, nn.Module]]] = defaultdict(list)
+        for name, child in children:
+            if (found := stem(name)) is not None:
+                groups[found].append((name, child))
+        return {name: f"{common}*" for common, group in groups.items() for name in self._row(group)}
+
+    def _row(self, children: list[tuple[str, nn.Module]]) -> list[str]:
+        """Which of the children are blocks where nothing says that they run one after the other: three alike or none.
+
+        Two towers, or the stages of a network, are none: what has blocks inside is searched for them.
+        """
+        alike = [self._alike(child, following) for (_, child), (_, following) in pairwise(children)]
+        rows = [class_of(children[i][1]) for i in range(len(alike) - 1) if alike[i] and alike[i + 1]]
+        found = [(name, child) for name, child in children if class_of(child) in rows and self._may_be(child)]
+        return [] if any(self._holds_stage(child) for _, child in found) else [name for name, _ in found]
+
+    def _holds_stage(self, module: nn.Module) -> bool:
+        inside = Counter(block.stage for block in self._walk(module, ""))
+        layers = _Search(module, leaves=True, any_layer=self.any_layer)
+        bare = type(module) in CONTAINERS and bool(layers._block_classes(module))
+        return bare or any(blocks > 2 for blocks in inside.values())
+
     def _block_classes(self, module: nn.Module) -> set[type[nn.Module]]:
-        """The classes whose instances among the children of ``module`` are blocks: none where it is no stage."""
+        """The classes whose instances among the children of a container are blocks: none where it is no stage."""
         if not isinstance(module, CONTAINERS):
             return set()
         children = [child for _, child in _children(module)]
         classes = {class_of(child) for child in children} & self.known
-        for child, following in pairwise(children):
-            alike = class_of(child) is class_of(following) and _shapes(child) == _shapes(following)
-            if alike and self._may_be(child) and self._may_be(following):
-                classes.add(class_of(child))
-        return classes
+        return classes | {class_of(child) for child, following in pairwise(children) if self._alike(child, following)}
+
+    def _alike(self, child: nn.Module, following: nn.Module) -> bool:
+        if class_of(child) is not class_of(following) or _shapes(child) != _shapes(following):
+            return False
+        return self._may_be(child) and self._may_be(following)
 
     def _may_be(self, module: nn.Module) -> bool:
+        can_be = any(True for _ in _layers(module)) if self.any_layer else _can_be_block(module)
         if self.leaves:
-            return _is_leaf(module) and _can_be_block(module)
+            return _is_leaf(module) and can_be
         # A bare container of blocks is a stage even where it stands among its likes.
         is_stage = type(module) in CONTAINERS and bool(self._block_classes(module))
-        return not _is_leaf(module) and not is_stage and _can_be_block(module)
+        return not _is_leaf(module) and not is_stage and can_be
 
 
 def composite_blocks(model: nn.Module) -> list[Block]:
@@ -209,7 +280,9 @@ def composite_blocks(model: nn.Module) -> list[Block]:
 
     A container (``nn.Sequential``, ``nn.ModuleList``) is a stage where two adjacent children have one class and equal
     parameter shapes, or where a child has a class that forms the blocks of another stage. Its children of these
-    classes are blocks. Stages are not searched inside a block. Children without parameters and norms do not count.
+    classes are blocks. So are those of an ``nn.ModuleDict``, and children with numbered names (``block0``,
+    ``block1``, ...) of any other module, where three in a row are alike and hold no stage themselves. Stages are not
+    searched inside a block. Children without parameters and norms do not count.
     """
     return _Search(model, leaves=False).run()
 
@@ -217,7 +290,8 @@ def composite_blocks(model: nn.Module) -> list[Block]:
 def leaf_blocks(model: nn.Module) -> list[Block]:
     """The layers that stand in a container as blocks do: ``nn.Linear`` in an ``nn.Sequential``, for instance.
 
-    Stages as in ``composite_blocks``. Composite blocks are not searched.
+    Stages are containers, ``nn.Sequential`` or ``nn.ModuleList``, as in ``composite_blocks``. Composite blocks are not
+    searched.
     """
     blocks = composite_blocks(model)
     return [leaf for leaf in _Search(model, leaves=True).run() if not any(_within(leaf, block) for block in blocks)]
@@ -229,26 +303,50 @@ def _within(leaf: Block, block: Block) -> bool:
 
 def leaf_layers(model: nn.Module) -> list[Block]:
     """All single layers with a matrix that can be replaced, wherever they are, in registration order."""
-    found = (part for part in parts(model) if not part.why_kept and part.module is not None)
-    return [
-        Block(part.path, part.module, inside=part.inside)
-        for part in found
-        if part.module is not None and not is_norm(part.module)
-    ]
+    found = (part for part in _layers(model) if not part.why_kept)
+    return [Block(part.path, part.module, inside=part.inside) for part in found if part.module is not None]
+
+
+def obstinate_layers(model: nn.Module) -> list[tuple[str, Part]]:
+    """The layers that cannot be replaced, norms left out, each after the path of its block, or "" for none.
+
+    First those of what would be a block if they could be, then others.
+    """
+    blocks = [block for block in _Search(model, leaves=False, any_layer=True).run() if not _can_be_block(block.module)]
+    found = [(block.path, part) for block in blocks for part in _layers(block.module)]
+    seen = {id(part.module) for _, part in found}
+    return found + [("", part) for part in _layers(model) if part.why_kept and id(part.module) not in seen]
 
 
 class Sharing:
     """Which parameters and layers of a model are used at more than one place."""
 
     def __init__(self, model: nn.Module):
+        self._model = type(model).__name__
         self._owners: dict[int, list[str]] = defaultdict(list)
+        self._places: dict[int, list[str]] = defaultdict(list)
         for path, module in model.named_modules(remove_duplicate=False):
+            self._places[id(module)].append(path)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self._owners[id(parameter)].append(join(path, name))
 
+    def elsewhere(self, path: str, layer: nn.Module) -> str:
+        """Where else than at ``path`` the model holds the module ``layer``; empty where nowhere."""
+        return next((place for place in self._places[id(layer)] if place != path), "")
+
     def explain(self, path: str, layer: nn.Module) -> str:
-        """Where else the parameters of ``layer``, at ``path``, are used; empty where nowhere."""
+        """Where else the parameters of ``layer``, at ``path``, are used; empty where nowhere.
+
+        Raises:
+            ValueError: the model is a wrapper that passes ``path`` on to the one inside, as ``torch.compile`` makes.
+        """
+        places = self._places[id(layer)]
+        if path not in places:
+            raise ValueError(
+                f"model: got {self._model}, which has {path} as {', '.join(places) or 'no module of its own'}, "
+                "expected the model inside it: pass the model that was compiled or wrapped"
+            )
         for name, parameter in layer.named_parameters():
             place = join(path, name)
             others = [owner for owner in self._owners[id(parameter)] if owner != place]

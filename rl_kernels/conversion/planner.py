@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast, get_args
 
 from torch import nn
 
 from rl_kernels.conversion.blocks import check_plain, count
+from rl_kernels.conversion.memory import STATES, Optimizer, buffer_bytes, bytes_of, format_bytes, parse_bytes
 from rl_kernels.conversion.options import Level, Norms, Options, Share, one_of
 from rl_kernels.conversion.plans import Plan
 from rl_kernels.conversion.targets import Target, Targets
-from rl_kernels.conversion.walk import find, stages, summary, walk
+from rl_kernels.conversion.walk import find, siblings, stages, summary, walk
 from rl_kernels.nn.coefficients import Constraint, Granularity, Init
 
 
 def plan(
     model: nn.Module,
-    every: int = 4,
+    every: int | None = None,
     *,
     targets: Target | Sequence[Target] | None = None,
     offset: int | None = None,
@@ -29,19 +30,22 @@ def plan(
     detach: Collection[int] = (),
     share: Share | None = None,
     norms: Norms = "mixed",
+    budget: int | str | None = None,
+    optimizer: Optimizer = "adamw",
 ) -> Plan:
     """Plan which blocks of ``model`` run on a mix of their neighbours' weights (Replacement Learning,
     arXiv 2410.01239). The model stays as it is.
 
     A block is a child of a container (``nn.Sequential``, ``nn.ModuleList``) that holds two adjacent children of one
-    class and equal parameter shapes, or children of a class that forms blocks elsewhere in the model. Blocks are
-    walked in order over the whole model. A replacement falls due ``every`` blocks after the last one, and goes to the
-    first block from there on that can be replaced: whose previous and next block in the same container have, for what
-    is to be replaced, equal shapes, and are kept themselves.
+    class and equal parameter shapes, or children of a class that forms blocks elsewhere in the model; or one of three
+    or more alike in an ``nn.ModuleDict``, or under numbered names (``block0``, ``block1``, ...) in any module. Blocks
+    are walked in order over the whole model. A replacement falls due ``every`` blocks after the last one, and goes to
+    the first block from there on that can be replaced: whose previous and next block in the same container have, for
+    what is to be replaced, equal shapes, and are kept themselves. A layer that several blocks share stays.
 
     Args:
         model: on any device, the meta device included.
-        every: at least 2, as the neighbours of a replaced block are kept.
+        every: at least 2, as the neighbours of a replaced block are kept; 4 by default.
         targets: narrows what is replaced in a block (the paper's ViT: attention only). One or several of:
             ``"attention"`` (``nn.MultiheadAttention``, and the linear layers of modules called so), ``"mlp"`` (linear
             layers outside attention, and the layers of modules called so), ``"conv"``, ``"linear"``, ``"norm"``; a
@@ -50,8 +54,10 @@ def plan(
         offset: number of the block, counted from 1, at which the first replacement falls due; ``every`` by default.
         strict: a block that is due and cannot be replaced is skipped, and the next falls due ``every`` blocks later.
         level: ``"block"``; ``"layer"``: every linear, convolution and attention layer that is a target counts as a
-            block, its neighbours being the previous and the next of its class and kernel size; ``"auto"``: the layers
-            where no block has neighbours of its shape.
+            block, its neighbours being the previous and the next of its class and kernel size in the order in which
+            the model registers them; ``"auto"``: the layers where no block has neighbours of its shape, but for those
+            whose neighbour stands beside them in one module, as a key beside a query, and not in a sequence or under a
+            numbered name (``conv1``, ``conv2``).
         init: initial coefficients, as ``rl_kernels.nn.ReplacementLayer`` has them: None, two numbers, or ``"fit"``.
         constraint: ``"free"`` or ``"convex"``, as there.
         granularity: ``"scalar"`` or ``"channel"``, as there.
@@ -60,43 +66,93 @@ def plan(
             of its layers. None for ``"block"``, or ``"layer"`` where the granularity is ``"channel"``.
         norms: ``"mixed"``: the affine parameters of a replaced block's norms are mixed too, unless ``targets`` leaves
             them out; ``"own"``: they stay as they are. The paper does not say.
+        budget: instead of ``every``, the memory for training: an integer of bytes, or text such as ``"1.5 GiB"`` or
+            ``"800 MB"``. Chosen is the largest ``every``, so the fewest replacements, with which parameters, gradients
+            and the state of ``optimizer`` fit into it; a model that fits as it is gets these, too. Activations come on
+            top: they are not counted, and replacement leaves them as they are.
+        optimizer: whose state is counted, here and where the plan prints memory: ``"adamw"``, ``"adam"``, ``"sgd"`` or
+            ``"sgd-momentum"``.
 
     Returns:
         The plan, for ``replace``. It also names what was due and skipped, and what stays a replaced block's own.
 
     Raises:
         ValueError: an argument out of its range, a model that holds replaced layers already, or one in which nothing
-            can be replaced; the message names the argument.
+            can be replaced; or a budget that is too small for any ``every``. The message names the argument.
         TypeError: an argument of another type.
     """
     check_plain(model)
-    _at_least("every", every, 2)
+    limit = None if budget is None else parse_bytes("budget", budget)
+    if limit is not None and every is not None:
+        raise ValueError(f"budget: got {budget!r} with every={every}, expected one of the two")
+    _at_least("every", 4 if every is None else every, 2)
     if offset is not None:
         _at_least("offset", offset, 1)
     one_of("level", level, get_args(Level))
+    one_of("optimizer", optimizer, STATES)
     options = Options(cast(Any, init), constraint, granularity, cast(Any, detach), share, norms)
     chosen = Targets(targets, norms)
 
     walked, slots = find(model, chosen, level)
-    name, first = ("every", every) if offset is None else ("offset", offset)
-    if first > len(slots):
-        raise ValueError(f"{name}: got {first}, expected at most {len(slots)}, the number of {walked}s in the model")
-    replaced, skipped = walk(slots, every, first, strict, options)
-    if not replaced:
-        raise ValueError(f"{name}: got {first}, but nothing due can be replaced: {summary(skipped)}")
-    return Plan(
-        model=type(model).__name__,
-        every=every,
-        offset=first,
-        strict=bool(strict),
-        targets=chosen.labels,
-        options=options,
-        level=walked,
-        fell_back=level == "auto" and walked == "layer",
-        stages=stages(slots),
-        replaced=tuple(replaced),
-        skipped=tuple(skipped),
-        parameters=count(model),
+    parameter_bytes, trainable_bytes = bytes_of(model.parameters())
+
+    def planned(every: int) -> Plan:
+        first = every if offset is None else offset
+        replaced, skipped = walk(slots, every, first, strict, options)
+        return Plan(
+            model=type(model).__name__,
+            every=every,
+            offset=first,
+            strict=bool(strict),
+            targets=chosen.labels,
+            options=options,
+            level=walked,
+            fell_back=level == "auto" and walked == "layer",
+            stages=stages(slots),
+            replaced=tuple(replaced),
+            skipped=tuple(skipped),
+            parameters=count(model),
+            parameter_bytes=parameter_bytes,
+            trainable_bytes=trainable_bytes,
+            buffer_bytes=buffer_bytes(model),
+            optimizer=optimizer,
+            siblings=siblings(slots, replaced),
+        )
+
+    name = "every" if offset is None else "offset"
+    if limit is not None:
+        return _fitting(planned, range(len(slots), 1, -1), limit, budget, name)
+    return _checked(planned(4 if every is None else every), name)
+
+
+def _checked(made: Plan, name: str) -> Plan:
+    """``made``, if it replaces anything; ``name`` is the argument that says where the first falls due."""
+    if made.offset > made.blocks:
+        expected = f"expected at most {made.blocks}, the number of {made.level}s in the model"
+        raise ValueError(f"{name}: got {made.offset}, {expected}")
+    if not made.replaced:
+        raise ValueError(f"{name}: got {made.offset}, but nothing due can be replaced: {summary(made.skipped)}")
+    return made
+
+
+def _fitting(planned: Callable[[int], Plan], choices: Iterable[int], limit: int, budget: object, name: str) -> Plan:
+    """The first of the plans for these ``every`` that replaces something and fits into ``limit`` bytes."""
+    least: tuple[int, Plan] | None = None
+    for every in choices:
+        made = planned(every)
+        if not made.replaced:
+            continue
+        size = made.memory().after.training
+        if size <= limit:
+            return made
+        if least is None or size < least[0]:
+            least = size, made
+    if least is None:
+        return _checked(planned(2), name)
+    size, made = least
+    raise ValueError(
+        f"budget: got {budget!r}, expected at least {size} ({format_bytes(size)}): what parameters, gradients and the "
+        f"state of {made.optimizer} take with every={made.every}"
     )
 
 

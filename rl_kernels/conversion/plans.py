@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rl_kernels._moved import renamed, warn
-from rl_kernels.conversion.options import Options
+from rl_kernels.conversion.memory import ASSUMED, STATES, Memory, Optimizer, footprint, table
+from rl_kernels.conversion.options import Options, one_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,10 +29,11 @@ Reason = Literal[
     "neighbour replaced",
     "shared parameters",
     "nothing to replace",
+    "siblings",
 ]
 
-_FORMAT = 2
-"""Format 1, of version 0.1.0, calls a block's ``kept`` parts ``own``; it is read too."""
+_FORMAT = 3
+"""1, of version 0.1.0, and 2 know numbers, not bytes; 1 calls a block's ``kept`` parts ``own``. Both are read too."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class ReplacedBlock:
         layers: what is replaced in it.
         kept: what keeps its own parameters.
         coefficients: how many numbers are learned in place of the layers' parameters.
+        bytes_saved: how many bytes of parameters fewer it holds after.
+        trainable_bytes_saved: the same of the trainable ones.
     """
 
     number: int
@@ -79,12 +84,14 @@ class ReplacedBlock:
     layers: tuple[PlannedLayer, ...]
     kept: tuple[KeptPart, ...]
     coefficients: int
+    bytes_saved: int
+    trainable_bytes_saved: int
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, also of version 0.1.0."""
         if "own" in state:
             state["kept"] = state.pop("own")
-        self.__dict__.update(state)
+        self.__dict__.update({**_assumed_saving(state["layers"], state["coefficients"]), **state})
 
     @property
     def own(self) -> tuple[KeptPart, ...]:
@@ -101,6 +108,18 @@ class ReplacedBlock:
     def saved(self) -> int:
         """How many numbers fewer it holds after."""
         return sum(layer.parameters for layer in self.layers) - self.coefficients
+
+
+def _assumed_saving(layers: Iterable[PlannedLayer], coefficients: int) -> dict[str, Any]:
+    """What is said of a block's bytes where only its numbers are known."""
+    saved = ASSUMED * (sum(layer.parameters for layer in layers) - coefficients)
+    return {"bytes_saved": saved, "trainable_bytes_saved": saved}
+
+
+def _assumed_bytes(parameters: int) -> dict[str, Any]:
+    """The same of a model."""
+    size = ASSUMED * parameters
+    return {"parameter_bytes": size, "trainable_bytes": size, "buffer_bytes": 0, "bytes_assumed": True}
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,13 @@ class Plan:
         replaced: the blocks to replace.
         skipped: the blocks that were due and are not replaced.
         parameters: how many numbers the model holds before.
+        parameter_bytes, trainable_bytes: of the model's parameters before, and of the trainable ones among them.
+        buffer_bytes: of the buffers in its ``state_dict``.
+        bytes_assumed: whether a number is taken for 4 bytes, and all for trainable, as the plan's file is of a version
+            that did not know bytes.
+        optimizer: for which the plan prints the memory.
+        siblings: paths of replaced layers that are mixed from layers beside them in one module, which may not follow
+            one another in the computation: a key from the query and the value.
     """
 
     model: str
@@ -149,6 +175,16 @@ class Plan:
     replaced: tuple[ReplacedBlock, ...]
     skipped: tuple[SkippedBlock, ...]
     parameters: int
+    parameter_bytes: int
+    trainable_bytes: int
+    buffer_bytes: int
+    bytes_assumed: bool = False
+    optimizer: Optimizer = "adamw"
+    siblings: tuple[str, ...] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle, also of version 0.1.0."""
+        self.__dict__.update(state if "parameter_bytes" in state else {**_assumed_bytes(state["parameters"]), **state})
 
     @property
     def blocks(self) -> int:
@@ -164,6 +200,26 @@ class Plan:
     def parameters_after(self) -> int:
         """How many numbers the model holds after."""
         return self.parameters - self.saved
+
+    def memory(self, optimizer: Optimizer | None = None) -> Memory:
+        """The bytes that training takes before and after: parameters, gradients, the optimizer's state; a checkpoint.
+
+        Activations are not among them: replacement leaves them as they are. Gradients and state are those of trainable
+        parameters; buffers belong to the checkpoint.
+
+        Args:
+            optimizer: ``"adamw"``, ``"adam"``, ``"sgd"`` or ``"sgd-momentum"``; the plan's own by default.
+
+        Raises:
+            ValueError: an unknown optimizer.
+        """
+        chosen: Optimizer = self.optimizer if optimizer is None else optimizer
+        one_of("optimizer", chosen, STATES)
+        saved = sum(block.bytes_saved for block in self.replaced)
+        trainable_saved = sum(block.trainable_bytes_saved for block in self.replaced)
+        before = footprint(self.parameter_bytes, self.trainable_bytes, self.buffer_bytes, chosen)
+        parameters, trainable = self.parameter_bytes - saved, self.trainable_bytes - trainable_saved
+        return Memory(chosen, before, footprint(parameters, trainable, self.buffer_bytes, chosen))
 
     def to_json(self) -> str:
         """The plan as JSON text, which ``from_json`` reads."""
@@ -181,10 +237,10 @@ class Plan:
         except json.JSONDecodeError as error:
             raise ValueError(f"text: got no JSON ({error}), expected a plan") from error
         found = fields.pop("format", None) if isinstance(fields, dict) else None
-        if found not in (1, _FORMAT):
-            raise ValueError(f"text: got format {found!r}, expected a plan of format {_FORMAT}, or 1")
+        if found not in (1, 2, _FORMAT):
+            raise ValueError(f"text: got format {found!r}, expected a plan of format {_FORMAT}, 2 or 1")
         try:
-            return _plan_from(fields)
+            return _plan_from(fields, with_bytes=found == _FORMAT)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"text: got a plan that does not read ({type(error).__name__}: {error})") from error
 
@@ -210,16 +266,21 @@ class Plan:
         return as_text(_rendered(self))
 
 
-def _plan_from(fields: dict[str, Any]) -> Plan:
+def _plan_from(fields: dict[str, Any], with_bytes: bool) -> Plan:
     def layer(shapes: dict[str, list[int]], **rest: Any) -> PlannedLayer:
         return PlannedLayer(shapes={name: tuple(shape) for name, shape in shapes.items()}, **rest)
 
     def block(sources: list[str], layers: list[Any], **rest: Any) -> ReplacedBlock:
         parts = rest.pop("own") if "own" in rest else rest.pop("kept")
         planned, kept = tuple(layer(**item) for item in layers), tuple(KeptPart(**item) for item in parts)
+        if not with_bytes:
+            rest |= _assumed_saving(planned, rest["coefficients"])
         return ReplacedBlock(sources=tuple(sources), layers=planned, kept=kept, **rest)
 
+    if not with_bytes:
+        fields |= _assumed_bytes(fields["parameters"])
     fields["targets"] = tuple(fields["targets"])
+    fields["siblings"] = tuple(fields.get("siblings", ()))
     fields["options"] = Options(**fields["options"])
     fields["stages"] = tuple(Stage(**item) for item in fields["stages"])
     fields["replaced"] = tuple(block(**item) for item in fields["replaced"])
@@ -239,7 +300,7 @@ def _rendered(plan: Plan) -> RenderableType:
         tables.append(_skipped(plan))
     if any(block.kept for block in plan.replaced):
         tables.append(_kept(plan))
-    return Group(*tables, _totals(plan))
+    return Group(*tables, table(plan.memory()), _totals(plan))
 
 
 def _heading(plan: Plan) -> Text:
@@ -252,7 +313,13 @@ def _heading(plan: Plan) -> Text:
             f"{stage.blocks} {stage.class_name} in {stage.path or 'it'}" for stage in plan.stages
         )
     if plan.fell_back:
-        lines.append("No block has two neighbours of its shape: single layers are replaced instead.")
+        lines.append("No block was found between two of its shape: single layers are replaced instead.")
+    if unit == "layer":
+        lines.append("A layer's neighbours are the previous and the next of its kind, as the model registers them.")
+    if plan.siblings:
+        first, rest = plan.siblings[:3], len(plan.siblings) - 3
+        named = ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
+        lines.append(f"These stand beside their neighbours in one module, and may not follow one another: {named}.")
     due = f"A replacement falls due every {plan.every} {unit}s, first at number {plan.offset}"
     lines.append(due + (". " if plan.strict else f", and goes to the first {unit} from there on that can be replaced."))
     if plan.strict:
@@ -266,37 +333,37 @@ def _replaced(plan: Plan) -> Table:
     from rl_kernels._tables import simple_table
 
     numbers = ("#", "parameters", "after")
-    table = simple_table("Replaced", "#", plan.level, "mixed from", "layers", "parameters", "after", numbers=numbers)
+    made = simple_table("Replaced", "#", plan.level, "mixed from", "layers", "parameters", "after", numbers=numbers)
     for block in plan.replaced:
         counts = Counter(layer.class_name for layer in block.layers)
         layers = "\n".join(f"{n} {name}" for name, n in counts.items())
         before, after = block.parameters, block.parameters - block.saved
-        table.add_row(str(block.number), block.path, "\n".join(block.sources), layers, f"{before:,}", f"{after:,}")
-    return table
+        made.add_row(str(block.number), block.path, "\n".join(block.sources), layers, f"{before:,}", f"{after:,}")
+    return made
 
 
 def _skipped(plan: Plan) -> Table:
     from rl_kernels._tables import simple_table
 
-    table = simple_table("Due, but skipped", "#", plan.level, "why", "", numbers=("#",))
+    made = simple_table("Due, but skipped", "#", plan.level, "why", "", numbers=("#",))
     for block in plan.skipped:
-        table.add_row(str(block.number), block.path, block.reason, block.detail)
-    return table
+        made.add_row(str(block.number), block.path, block.reason, block.detail)
+    return made
 
 
 def _kept(plan: Plan) -> Table:
     from rl_kernels._tables import simple_table
 
     numbers = ("parameters",)
-    table = simple_table("Stays a replaced block's own", "what", "class", "in", "parameters", "why", numbers=numbers)
+    made = simple_table("Stays a replaced block's own", "what", "class", "in", "parameters", "why", numbers=numbers)
     rows: dict[tuple[str, str, str], list[tuple[int, int]]] = defaultdict(list)
     for block in plan.replaced:
         for part in block.kept:
             rows[part.path, part.class_name, part.reason].append((block.number, part.parameters))
     for (path, class_name, reason), found in rows.items():
         blocks = ", ".join(str(number) for number, _ in found)
-        table.add_row(path, class_name, blocks, f"{sum(size for _, size in found):,}", reason)
-    return table
+        made.add_row(path, class_name, blocks, f"{sum(size for _, size in found):,}", reason)
+    return made
 
 
 def _totals(plan: Plan) -> Text:
@@ -310,10 +377,11 @@ def _totals(plan: Plan) -> Text:
     details = [pairs, options.constraint, f"starting from {start}"]
     if options.detach:
         details.append("no gradient to the " + " or the ".join(("previous", "next")[j] for j in options.detach))
+    assumed = f"\nA number is taken for {ASSUMED} bytes: the plan is of an older version, which did not count them."
     return Text(
         f"{len(plan.replaced)} of {plan.blocks} {plan.level}s replaced; {', '.join(details)}.\n"
         f"Parameters: {plan.parameters:,} -> {plan.parameters_after:,} "
-        f"({plan.saved:,} saved, {100 * plan.saved / plan.parameters:.1f} %)"
+        f"({plan.saved:,} saved, {100 * plan.saved / plan.parameters:.1f} %)" + (assumed if plan.bytes_assumed else "")
     )
 
 

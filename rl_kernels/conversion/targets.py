@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from rl_kernels.conversion.blocks import Part, is_norm, join
+from rl_kernels.nn import ReplacementTransposedLinear
 
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -25,7 +26,7 @@ def _attention(part: Part) -> bool:
 def _mlp(part: Part) -> bool:
     if _attention(part) or _norm(part):
         return False
-    return isinstance(part.module, nn.Linear) or _within(part, "mlp")
+    return _linear(part) or _within(part, "mlp")
 
 
 def _conv(part: Part) -> bool:
@@ -33,7 +34,7 @@ def _conv(part: Part) -> bool:
 
 
 def _linear(part: Part) -> bool:
-    return isinstance(part.module, nn.Linear)
+    return isinstance(part.module, nn.Linear) or part.kind is ReplacementTransposedLinear
 
 
 def _norm(part: Part) -> bool:
@@ -93,6 +94,13 @@ class Targets:
         if part.module is None or (self.norms == "own" and _norm(part)):
             return False
         return not self.targets or any(self._matches(target, block, part) for target in self.targets)
+
+    def may_want(self, block: str, part: Part) -> bool:
+        """As ``wants``, for a part that cannot be replaced: a caller's function is not asked about such."""
+        asked = [target for target in self.targets if isinstance(target, (str, type))]
+        if part.module is None or (self.norms == "own" and _norm(part)):
+            return False
+        return len(asked) < len(self.targets) or self.wants(block, part)
 
     @staticmethod
     def _matches(target: Target, block: str, part: Part) -> bool:

@@ -20,10 +20,13 @@ from rl_kernels.conversion.blocks import (
     join,
     leaf_blocks,
     leaf_layers,
+    obstinate_layers,
     parts,
+    stem,
     torch_class,
     why_kept,
 )
+from rl_kernels.conversion.memory import bytes_of
 from rl_kernels.conversion.options import Level, Options
 from rl_kernels.conversion.plans import (
     KeptPart,
@@ -35,6 +38,7 @@ from rl_kernels.conversion.plans import (
 )
 from rl_kernels.conversion.targets import Targets
 from rl_kernels.nn.adapters import full_name, has_adapters
+from rl_kernels.ops.mix import accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Slot:
     previous: Block | None = None
     next: Block | None = None
     obstacle: Obstacle | None = None
+    siblings: tuple[str, ...] = ()
+    """Neighbours of a single layer that stand beside it in one module, as a query, a key and a value do."""
 
 
 def find(model: nn.Module, targets: Targets, level: Level) -> tuple[Literal["block", "layer"], list[Slot]]:
@@ -76,7 +82,7 @@ def _walks(model: nn.Module, targets: Targets, level: Level) -> Iterator[tuple[L
         yield "block", _slots(composite_blocks(model), model, targets)
         yield "block", _slots(leaf_blocks(model), model, targets)
     if level != "block":
-        yield "layer", _layer_slots(model, targets)
+        yield "layer", _layer_slots(model, targets, level)
 
 
 def _slots(blocks: Sequence[Block], model: nn.Module, targets: Targets) -> list[Slot]:
@@ -108,9 +114,10 @@ def _edge(slot: Slot, blocks: Sequence[Block]) -> Obstacle | None:
     return None
 
 
-def _layer_slots(model: nn.Module, targets: Targets) -> list[Slot]:
+def _layer_slots(model: nn.Module, targets: Targets, level: Level) -> list[Slot]:
     sharing = Sharing(model)
-    slots = [slot for block in leaf_layers(model) if (slot := _slot(block, targets, sharing)).wanted]
+    found = [_slot(block, targets, sharing) for block in leaf_layers(model)]
+    slots = [slot for slot in found if slot.obstacle is None or slot.obstacle.reason != "nothing to replace"]
     chains: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         chains[_kind_of_layer(slot.block.module)].append(slot)
@@ -121,8 +128,27 @@ def _layer_slots(model: nn.Module, targets: Targets) -> list[Slot]:
                 slot.obstacle = Obstacle("first", f"no {kind} before it")
             if slot.obstacle is None and slot.next is None:
                 slot.obstacle = Obstacle("last", f"no {kind} after it")
+            neighbours = [other for other in (slot.previous, slot.next) if other is not None]
+            slot.siblings = tuple(other.path for other in neighbours if _are_siblings(slot.block, other))
             slot.obstacle = slot.obstacle or _mismatch(slot)
+            if level == "auto" and slot.siblings and slot.obstacle is None:
+                beside = f"{slot.siblings[0]} is beside it in {class_of(slot.block.inside[-1]).__name__}"
+                slot.obstacle = Obstacle("siblings", f"{beside}, not known to be before or after it")
     return slots
+
+
+def _are_siblings(layer: Block, other: Block) -> bool:
+    """Whether two layers stand in one module that does not say in which order they run.
+
+    A sequence says it, and so do numbered names: ``conv1`` and ``conv2``, but not ``query`` and ``key``.
+    """
+    if layer.inside[-1:] != other.inside[-1:]:
+        return False
+    if isinstance(layer.inside[-1], (nn.Sequential, nn.ModuleList)):
+        return False
+    names = [block.path.rpartition(".")[2] for block in (layer, other)]
+    stems = {stem(name) for name in names}
+    return len(stems) > 1 or None in stems
 
 
 def _kind_of_layer(layer: nn.Module) -> str:
@@ -134,25 +160,31 @@ def _kind_of_layer(layer: nn.Module) -> str:
 
 
 def _slot(block: Block, targets: Targets, sharing: Sharing) -> Slot:
-    wanted, kept = [], []
+    wanted, kept, shared = [], [], []
     for part in parts(block.module, block.inside):
-        if not part.why_kept and targets.wants(block.path, part):
-            wanted.append(part)
+        why = part.why_kept
+        if not why and not targets.wants(block.path, part):
+            why = _why_unwanted(part, targets)
+        if not why and part.module is not None:
+            elsewhere = sharing.elsewhere(join(block.path, part.path), part.module)
+            if elsewhere:
+                why = f"shared with {elsewhere}"
+                shared.append(part)
+        if why:
+            kept.append(KeptPart(part.path, part.class_name, part.parameters, why))
         else:
-            kept.append(
-                KeptPart(part.path, part.class_name, part.parameters, part.why_kept or _why_unwanted(part, targets))
-            )
+            wanted.append(part)
     slot = Slot(block, wanted, kept)
-    if not wanted:
+    slot.obstacle = _shared(block, wanted or shared, sharing)
+    if not wanted and not shared:
         slot.obstacle = Obstacle("nothing to replace", f"no target in {class_of(block.module).__name__}")
-    slot.obstacle = slot.obstacle or _shared(slot, sharing)
     return slot
 
 
-def _shared(slot: Slot, sharing: Sharing) -> Obstacle | None:
-    for part in slot.wanted:
+def _shared(block: Block, wanted: Sequence[Part], sharing: Sharing) -> Obstacle | None:
+    for part in wanted:
         assert part.module is not None
-        elsewhere = sharing.explain(join(slot.block.path, part.path), part.module)
+        elsewhere = sharing.explain(join(block.path, part.path), part.module)
         if elsewhere:
             return Obstacle("shared parameters", elsewhere)
     return None
@@ -232,11 +264,18 @@ def _taken(slot: Slot, replaced: Sequence[ReplacedBlock]) -> Obstacle | None:
 def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
     assert slot.previous is not None and slot.next is not None
     layers = []
+    modules = [part.module for part in slot.wanted if part.module is not None]
     for part in slot.wanted:
         assert part.module is not None and part.kind is not None
         shapes = {name: tuple(parameter.shape) for name, parameter in part.module.named_parameters()}
         channels = part.kind.out_channels_of(part.module) if options.granularity == "channel" else 1
         layers.append(PlannedLayer(part.path, part.class_name, shapes, 2 * channels))
+    size, trainable = bytes_of(parameter for module in modules for parameter in module.parameters())
+    whole = options.share == "block"
+    learned = [(modules, 2)] if whole else [([modules[i]], layer.coefficients) for i, layer in enumerate(layers)]
+    for instead_of, coefficients in learned:
+        added, trained = _coefficient_bytes(instead_of, coefficients)
+        size, trainable = size - added, trainable - trained
     return ReplacedBlock(
         number=number,
         path=slot.block.path,
@@ -244,8 +283,22 @@ def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
         sources=(slot.previous.path, slot.next.path),
         layers=tuple(layers),
         kept=tuple(slot.kept),
-        coefficients=2 if options.share == "block" else sum(layer.coefficients for layer in layers),
+        coefficients=sum(coefficients for _, coefficients in learned),
+        bytes_saved=size,
+        trainable_bytes_saved=trainable,
     )
+
+
+def _coefficient_bytes(instead_of: Sequence[nn.Module], coefficients: int) -> tuple[int, int]:
+    """The bytes of coefficients and of the trainable ones: as ``replace`` makes them in the place of layers."""
+    parameters = [parameter for module in instead_of for parameter in module.parameters()]
+    size = coefficients * accumulate_dtype(parameters[0].dtype).itemsize
+    return size, size if any(parameter.requires_grad for parameter in parameters) else 0
+
+
+def siblings(slots: Sequence[Slot], replaced: Sequence[ReplacedBlock]) -> tuple[str, ...]:
+    """The paths of replaced layers that are mixed from layers beside them in one module."""
+    return tuple(block.path for block in replaced if slots[block.number - 1].siblings)
 
 
 def stages(slots: Sequence[Slot]) -> tuple[Stage, ...]:
@@ -258,22 +311,48 @@ def stages(slots: Sequence[Slot]) -> tuple[Stage, ...]:
 
 def summary(skipped: Sequence[SkippedBlock]) -> str:
     """The reasons in one line, for messages."""
-    return "; ".join(f"{block.path}: {block.reason} ({block.detail})" for block in skipped)
+    return "; ".join(f"{called(block.path)}: {block.reason} ({block.detail})" for block in skipped)
+
+
+def called(path: str) -> str:
+    """What messages call the module at ``path``."""
+    return path or "the model itself"
 
 
 def _nothing(model: nn.Module, targets: Targets, level: Level, slots: Sequence[Slot]) -> ValueError:
     name = type(model).__name__
+    kept = [(block, part) for block, part in obstinate_layers(model) if targets.may_want(block, part)]
+    # What stands in no block and has a class without a replacement comes last: many models have an embedding.
+    near = [_sentence(block, part) for block, part in kept if block or part.kind is not None]
+    far = [_sentence(block, part) for block, part in kept if not block and part.kind is None]
     if targets.targets and not any(slot.wanted for slot in slots):
         return ValueError(
             f"targets: got {', '.join(targets.labels)}, which match no layer of {name} that can be replaced"
+            f"{_listed([*near, *far])}"
         )
     expected = "expected three blocks in a row with linear, convolution or attention layers of equal shape"
     if level != "auto":
         expected += f", or another level than {level!r}"
-    reasons = [
-        SkippedBlock(number, slot.block.path, slot.obstacle.reason, slot.obstacle.detail)
+    obstacles = [
+        ("", summary([SkippedBlock(number, slot.block.path, slot.obstacle.reason, slot.obstacle.detail)]))
         for number, slot in enumerate(slots, start=1)
         if slot.obstacle is not None
     ]
-    found = f" ({summary(reasons[:3])}{'; ...' if len(reasons) > 3 else ''})" if reasons else ""
-    return ValueError(f"model: got {name}, in which nothing can be replaced{found}; {expected}")
+    reasons = _listed([*near, *obstacles, *far])
+    return ValueError(f"model: got {name}, in which nothing can be replaced{reasons}; {expected}")
+
+
+def _sentence(block: str, part: Part) -> tuple[str, str]:
+    """Why a layer stays, without and with its name."""
+    path, subject = called(join(block, part.path)), "it "
+    why = part.why_kept
+    return why, f"{path} {why.removeprefix(subject)}" if why.startswith(subject) else f"{path}: {why}"
+
+
+def _listed(reasons: Sequence[tuple[str, str]]) -> str:
+    """Up to three reasons in brackets; one that many layers have is named once, for the first of them."""
+    seen: dict[str, str] = {}
+    for why, sentence in reasons:
+        seen.setdefault(why or sentence, sentence)
+    sentences = list(seen.values())
+    return f" ({'; '.join(sentences[:3])}{'; ...' if len(sentences) > 3 else ''})" if sentences else ""

@@ -4,6 +4,7 @@
   has to define.
 * ``coefficients.py``: the learnable coefficients, where they start, and the fit to a given weight.
 * ``linear.py``, ``conv.py``, ``attention.py``, ``norm.py``: one kind of layer each.
+* ``foreign.py``: classes of other libraries that have a replacement, by name.
 * ``adapters.py``: what stands between a source and its parameters: parametrizations, hooks, other libraries' adapters.
 
 A layer holds no formula: it hands its sources' tensors to ``rl_kernels.functional``.
@@ -13,7 +14,7 @@ from rl_kernels.nn.attention import ReplacementMultiheadAttention
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.nn.conv import ReplacementConv1d, ReplacementConv2d, ReplacementConv3d
 from rl_kernels.nn.layer import ReplacementLayer
-from rl_kernels.nn.linear import ReplacementLinear
+from rl_kernels.nn.linear import ReplacementLinear, ReplacementTransposedLinear
 from rl_kernels.nn.norm import (
     ReplacementBatchNorm1d,
     ReplacementBatchNorm2d,
@@ -26,6 +27,7 @@ __all__ = [
     "Coefficients",
     "ReplacementLayer",
     "ReplacementLinear",
+    "ReplacementTransposedLinear",
     "ReplacementConv1d",
     "ReplacementConv2d",
     "ReplacementConv3d",
