@@ -42,7 +42,8 @@ def mixed_conv_transpose(x: Tensor, recipe: Recipe, output_padding: Sequence[int
         with torch.autocast(x.device.type, enabled=False):
             return mixed_conv_transpose(*autocast_cast(dtype, x, recipe), output_padding, geometry)
     _check(x, recipe, output_padding, geometry)
-    if needs_composite((x, *recipe.tensors())):
+    # torch.jit writes sizes down as tensors, which no op takes for the shape of its output.
+    if needs_composite((x, *recipe.tensors())) or torch.jit.is_tracing():
         _refuse_distributed(x, recipe)
         stride, padding, dilation, groups = geometry
         convolution = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)[len(stride) - 1]
@@ -112,10 +113,10 @@ def _check(x: Tensor, recipe: Recipe, output_padding: Sequence[int], geometry: G
                 f"{list(geometry.stride)} or the dilation {list(geometry.dilation)}"
             )
     shape = _output_shape(x, recipe, output_padding, geometry)
-    if any(size < 1 for size in shape[2:]):
+    if any(size < 0 for size in shape[2:]):
         raise RuntimeError(
             f"padding: got {list(geometry.padding)}, of which spatial size {shape_of(x)[2:]} and kernel size "
-            f"{shape_of(weight)[2:]} leave {shape[2:]}, expected an output of 1 or more in each dimension"
+            f"{shape_of(weight)[2:]} leave {shape[2:]}, expected 0 or more in each dimension"
         )
 
 
