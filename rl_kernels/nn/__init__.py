@@ -11,7 +11,14 @@ A layer holds no formula: it hands its sources' tensors to ``rl_kernels.function
 
 from rl_kernels.nn.attention import ReplacementMultiheadAttention
 from rl_kernels.nn.coefficients import Coefficients
-from rl_kernels.nn.conv import ReplacementConv1d, ReplacementConv2d, ReplacementConv3d
+from rl_kernels.nn.conv import (
+    ReplacementConv1d,
+    ReplacementConv2d,
+    ReplacementConv3d,
+    ReplacementConvTranspose1d,
+    ReplacementConvTranspose2d,
+    ReplacementConvTranspose3d,
+)
 from rl_kernels.nn.layer import ReplacementLayer
 from rl_kernels.nn.linear import ReplacementLinear
 from rl_kernels.nn.norm import (
@@ -20,6 +27,7 @@ from rl_kernels.nn.norm import (
     ReplacementBatchNorm3d,
     ReplacementGroupNorm,
     ReplacementLayerNorm,
+    ReplacementRMSNorm,
 )
 
 __all__ = [
@@ -29,10 +37,14 @@ __all__ = [
     "ReplacementConv1d",
     "ReplacementConv2d",
     "ReplacementConv3d",
+    "ReplacementConvTranspose1d",
+    "ReplacementConvTranspose2d",
+    "ReplacementConvTranspose3d",
     "ReplacementMultiheadAttention",
     "ReplacementBatchNorm1d",
     "ReplacementBatchNorm2d",
     "ReplacementBatchNorm3d",
     "ReplacementLayerNorm",
+    "ReplacementRMSNorm",
     "ReplacementGroupNorm",
 ]
