@@ -4,6 +4,7 @@
   has to define.
 * ``coefficients.py``: the learnable coefficients, where they start, and the fit to a given weight.
 * ``linear.py``, ``conv.py``, ``attention.py``, ``norm.py``: one kind of layer each.
+* ``wrapped.py``: layers of any class, by their class's own forward.
 * ``adapters.py``: what stands between a source and its parameters: parametrizations, hooks, other libraries' adapters.
 
 A layer holds no formula: it hands its sources' tensors to ``rl_kernels.functional``.
@@ -29,6 +30,7 @@ from rl_kernels.nn.norm import (
     ReplacementLayerNorm,
     ReplacementRMSNorm,
 )
+from rl_kernels.nn.wrapped import ReplacementByForward
 
 __all__ = [
     "Coefficients",
@@ -47,4 +49,5 @@ __all__ = [
     "ReplacementLayerNorm",
     "ReplacementRMSNorm",
     "ReplacementGroupNorm",
+    "ReplacementByForward",
 ]
