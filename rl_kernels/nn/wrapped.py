@@ -39,8 +39,8 @@ class ReplacementByForward(ReplacementLayer):
     Args:
         sources: as ``ReplacementLayer``'s: of one class, none of which ``why_not_wrapped`` says something.
         own: as ``ReplacementLayer``'s, of the sources' class.
-        options: as ``ReplacementLayer``'s. ``init="fit"`` fits all parameters of two and more dimensions, or all where
-            there are only vectors. Granularity ``"channel"`` has one coefficient per source and entry of the first
+        options: as ``ReplacementLayer``'s. ``init="fit"`` fits all parameters but vectors, or all where there are
+            only these. Granularity ``"channel"`` has one coefficient per source and entry of the first
             dimension, which all parameters must share.
 
     Raises:
@@ -86,9 +86,9 @@ class ReplacementByForward(ReplacementLayer):
 
     @classmethod
     def fit_pairs(cls, own: nn.Module, sources: Sequence[nn.Module]) -> list[tuple[Tensor, list[Tensor]]]:
-        """All parameters of two and more dimensions; all there are where these are vectors."""
+        """All parameters that are more than vectors; all there are where none is."""
         parameters = _parameters(own)
-        names = [name for name, parameter in parameters.items() if parameter.dim() > 1] or list(parameters)
+        names = [name for name, parameter in parameters.items() if not _is_vector(parameter)] or list(parameters)
         found = ([_parameters(layer)[name] for layer in (own, *sources)] for name in names)
         return [(first, rest) for first, *rest in ([torch.atleast_1d(p) for p in group] for group in found)]
 
@@ -197,7 +197,12 @@ def numbers_stored(module: nn.Module) -> int:
 
     Vectors do not count: 0 for a norm.
     """
-    return sum(parameter.numel() for parameter in _parameters(module).values() if parameter.dim() > 1)
+    return sum(parameter.numel() for parameter in _parameters(module).values() if not _is_vector(parameter))
+
+
+def _is_vector(parameter: Tensor) -> bool:
+    """Whether it is one but for dimensions of 1, as ``(channels, 1, 1)`` is; or a number."""
+    return sum(size > 1 for size in parameter.shape) <= 1
 
 
 def _why_entangled(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
