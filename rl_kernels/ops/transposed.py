@@ -6,7 +6,6 @@ and its y is that one's dx. So its gradients are those of the dgrad: a convoluti
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +34,7 @@ def mixed_conv_transpose(x: Tensor, recipe: Recipe, output_padding: Sequence[int
         ``(batch, out, *spatial)``, laid out as torch lays it out.
 
     Raises:
-        RuntimeError: what does not fit, as the ops raise it; or DTensors.
+        RuntimeError: what does not fit, as the ops raise it; or DTensors that torch's own would get wrong.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -44,12 +43,7 @@ def mixed_conv_transpose(x: Tensor, recipe: Recipe, output_padding: Sequence[int
     _check(x, recipe, output_padding, geometry)
     # torch.jit writes sizes down as tensors, which no op takes for the shape of its output.
     if needs_composite((x, *recipe.tensors())) or torch.jit.is_tracing():
-        _refuse_distributed(x, recipe)
-        stride, padding, dilation, groups = geometry
-        convolution = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)[len(stride) - 1]
-        weight, bias = mix(recipe.weights, recipe.coefficients, x.dtype), mixed_bias(recipe, x.dtype)
-        y: Tensor = convolution(x, weight, bias, stride, padding, output_padding, groups, dilation)
-        return y
+        return _in_plain_torch(x, recipe, output_padding, geometry)
     y = _product(x, recipe, output_padding, geometry)
     mixed = mixed_bias(recipe, x.dtype)
     return y if mixed is None else y + mixed.view(-1, *(1,) * len(output_padding))
@@ -65,6 +59,19 @@ def _product(x: Tensor, recipe: Recipe, output_padding: Sequence[int], geometry:
     y = mixed_dgrad(CONV, x, recipe, _output_shape(x, recipe, whole.padding, whole), whole)
     ends = zip(reversed(geometry.padding), reversed(output_padding), strict=True)
     return aten.pad(y, [side for pad, more in ends for side in (-pad, more - pad)])
+
+
+def _in_plain_torch(x: Tensor, recipe: Recipe, output_padding: Sequence[int], geometry: Geometry) -> Tensor:
+    """The composite way, which materialises the mixed weight."""
+    distributed = are_distributed(x, recipe)
+    stride, padding, dilation, groups = geometry
+    convolution = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)[len(stride) - 1]
+    weight, bias = mix(recipe.weights, recipe.coefficients, x.dtype), mixed_bias(recipe, x.dtype)
+    y: Tensor = convolution(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    if distributed and list(y.shape) != _output_shape(x, recipe, output_padding, geometry):
+        # Some versions of torch give it the shape of a convolution that is not transposed.
+        raise RuntimeError(f"x: got a DTensor, expected a plain tensor: torch {torch.__version__} has no right rule")
+    return y
 
 
 def _output_shape(x: Tensor, recipe: Recipe, output_padding: Sequence[int], geometry: Geometry) -> list[int]:
@@ -118,10 +125,3 @@ def _check(x: Tensor, recipe: Recipe, output_padding: Sequence[int], geometry: G
             f"padding: got {list(geometry.padding)}, of which spatial size {shape_of(x)[2:]} and kernel size "
             f"{shape_of(weight)[2:]} leave {shape[2:]}, expected 0 or more in each dimension"
         )
-
-
-def _refuse_distributed(x: Tensor, recipe: Recipe) -> None:
-    """Raise for DTensors, of which torch's own rule makes the shape of a convolution that is not transposed."""
-    loaded = sys.modules.get("torch.distributed.tensor")
-    if loaded is not None and are_distributed(x, recipe):
-        raise RuntimeError("x: got a DTensor, expected a plain tensor: torch has no transposed convolution of DTensors")
