@@ -5,8 +5,9 @@ Where torch takes one ``weight``, these take N of one shape (``weights``) and th
 ``a * W[i-1] + b * W[i+1]``). The mixed weight is never stored. Common to all:
 
 * ``weights``: a sequence of N >= 1 floating-point tensors of one shape, dtype and device.
-* ``coefficients``: a tensor of shape ``(N,)``, or ``(N, out)`` for one coefficient per output channel; or a sequence
-  of N floats or one-element tensors. Mixing happens in float32 (float64 for float64 weights).
+* ``coefficients``: a tensor of shape ``(N,)``, or ``(N, out)`` for one coefficient per output channel (not of
+  transposed convolutions); or a sequence of N floats or one-element tensors. Mixing happens in float32 (float64 for
+  float64 weights).
 * ``biases``: None, or N vectors of shape ``(out,)``, mixed by the same coefficients.
 
 Bad arguments raise before anything is computed: RuntimeError for shapes, dtypes and devices, as torch's layers do,
@@ -27,6 +28,7 @@ from rl_kernels.ops.attention import mixed_multi_head_attention
 from rl_kernels.ops.autograd import CONV, LINEAR, mixed_forward, mixed_forward_in_python
 from rl_kernels.ops.checks import check_coefficients, check_sources
 from rl_kernels.ops.mix import mix as _mix
+from rl_kernels.ops.transposed import mixed_conv_transpose
 from rl_kernels.ops.values import Geometry, Recipe
 
 __all__ = [
@@ -34,6 +36,9 @@ __all__ = [
     "mixed_conv1d",
     "mixed_conv2d",
     "mixed_conv3d",
+    "mixed_conv_transpose1d",
+    "mixed_conv_transpose2d",
+    "mixed_conv_transpose3d",
     "mixed_multi_head_attention",
     "mix",
     "CoefficientsLike",
@@ -194,15 +199,7 @@ def _mixed_conv(
         if y is not None:
             return y
     recipe = _recipe(x, weights, coefficients, biases)
-    if weights[0].dim() != spatial + 2:
-        raise RuntimeError(
-            f"weights[0]: got shape {tuple(weights[0].shape)}, expected {spatial + 2} dimensions "
-            "(out_channels, in_channels / groups, *kernel)"
-        )
-    if x.dim() not in (spatial + 1, spatial + 2):
-        raise RuntimeError(
-            f"x: got shape {tuple(x.shape)}, expected {spatial + 1} (unbatched) or {spatial + 2} dimensions"
-        )
+    _check_dimensions(spatial, x, weights, "(out_channels, in_channels / groups, *kernel)")
     strides = _one_a_dimension("stride", stride, spatial)
     dilations = _one_a_dimension("dilation", dilation, spatial)
     # A dilated kernel of 1 is one of 1; oneDNN crashes on some of them in bfloat16 (size 1, stride 2, padding 1).
@@ -232,6 +229,111 @@ def _pad_by_name(
         # torch puts the odd one at the end.
         x = aten.pad(x, [side for pad in reversed(total) for side in (0, pad % 2)])
     return x, [pad // 2 for pad in total]
+
+
+def mixed_conv_transpose1d(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: CoefficientsLike,
+    biases: Sequence[Tensor] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv_transpose1d`` on the mixed weight.
+
+    It is the input gradient of a convolution, and runs on its kernels.
+
+    Args:
+        x: ``(batch, in_channels, length)`` or ``(in_channels, length)``.
+        weights: N tensors ``(in_channels, out_channels / groups, kernel)``.
+        coefficients: as everywhere in this module, but one a source only: output channels are not the first dimension
+            of these weights.
+        biases: None, or N vectors ``(out_channels,)``.
+        stride: as torch's.
+        padding: as torch's.
+        output_padding: as torch's: less than the stride or the dilation.
+        groups: as torch's.
+        dilation: as torch's.
+
+    Returns:
+        ``(batch, out_channels, length)``, unbatched where x is.
+    """
+    return _mixed_conv_transpose(
+        1, x, weights, coefficients, biases, (stride, padding, output_padding, groups, dilation)
+    )
+
+
+def mixed_conv_transpose2d(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: CoefficientsLike,
+    biases: Sequence[Tensor] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv_transpose2d`` on the mixed weight: as ``mixed_conv_transpose1d``, in two dimensions.
+
+    The result is channels_last where ``x`` or ``weights[0]`` is, as torch's.
+    """
+    return _mixed_conv_transpose(
+        2, x, weights, coefficients, biases, (stride, padding, output_padding, groups, dilation)
+    )
+
+
+def mixed_conv_transpose3d(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: CoefficientsLike,
+    biases: Sequence[Tensor] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv_transpose3d`` on the mixed weight: as ``mixed_conv_transpose1d``, in three dimensions.
+
+    The result is channels_last_3d where ``x`` or ``weights[0]`` is.
+    """
+    return _mixed_conv_transpose(
+        3, x, weights, coefficients, biases, (stride, padding, output_padding, groups, dilation)
+    )
+
+
+def _mixed_conv_transpose(
+    spatial: int,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: CoefficientsLike,
+    biases: Sequence[Tensor] | None,
+    geometry: tuple[int | Sequence[int], int | Sequence[int], int | Sequence[int], int, int | Sequence[int]],
+) -> Tensor:
+    stride, padding, output_padding, groups, dilation = geometry
+    recipe = _recipe(x, weights, coefficients, biases)
+    _check_dimensions(spatial, x, weights, "(in_channels, out_channels / groups, *kernel)")
+    named = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+    strides, pads, more, dilations = (_one_a_dimension(name, value, spatial) for name, value in named.items())
+    batched = x.dim() == spatial + 2
+    images = x if batched else x.unsqueeze(0)
+    y = mixed_conv_transpose(images, recipe, more, Geometry(strides, pads, dilations, groups))
+    return y if batched else y.squeeze(0)
+
+
+def _check_dimensions(spatial: int, x: Tensor, weights: Sequence[Tensor], filters: str) -> None:
+    if weights[0].dim() != spatial + 2:
+        raise RuntimeError(
+            f"weights[0]: got shape {tuple(weights[0].shape)}, expected {spatial + 2} dimensions {filters}"
+        )
+    if x.dim() not in (spatial + 1, spatial + 2):
+        raise RuntimeError(
+            f"x: got shape {tuple(x.shape)}, expected {spatial + 1} (unbatched) or {spatial + 2} dimensions"
+        )
 
 
 def __getattr__(name: str) -> object:

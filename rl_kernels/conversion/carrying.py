@@ -51,6 +51,8 @@ def carry(own: nn.Module, layer: ReplacementLayer) -> None:
     found = {name: value for name, value in vars(own).items() if name not in _INTERNAL and name not in vars(layer)}
     hidden = {name: value for name, value in found.items() if name in ours}
     shown = {name: value for name, value in found.items() if name not in ours}
+    if layer.keeps_belongings:  # It has them already, and its forward reads its own.
+        hidden, shown = {}, {}
     vars(layer).update(shown)
     marks = {name: dict(vars(parameter)) for name, parameter in own.named_parameters() if vars(parameter)}
     layer.belongings = Belongings(class_of(own), tuple(shown), hidden, marks)

@@ -1,7 +1,8 @@
-"""ReplacementConv1d, 2d and 3d."""
+"""ReplacementConv1d, 2d and 3d, and ReplacementConvTranspose1d, 2d and 3d."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as aten
@@ -98,3 +99,106 @@ class ReplacementConv3d(_ReplacementConv):
     """``nn.Conv3d`` on the mixed weights and biases of other ``nn.Conv3d``; as ``ReplacementConv1d``."""
 
     source_type = (nn.Conv3d,)
+
+
+class _ReplacementConvTranspose(_ReplacementConv):
+    def __init__(self, sources: Any, *, own: nn.Module | None = None, **options: Any):
+        super().__init__(sources, own=own, **options)
+        settings: Any = sources[0] if own is None else own
+        self.output_padding: tuple[int, ...] = settings.output_padding
+
+    @classmethod
+    def out_channels_of(cls, source: nn.Module) -> int:  # noqa: ARG003
+        """None: a coefficient per output channel is refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "granularity: got 'channel', expected 'scalar' for a transposed convolution: the output channels of its "
+            "weight are not the first dimension, by which the kernels mix"
+        )
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The transposed convolution with the mixed weight and bias.
+
+        Args:
+            x: ``(batch, in_channels, *spatial)`` or unbatched.
+            output_size: spatial, or of all dimensions: which of the sizes that a stride leaves open the output has;
+                the layer's ``output_padding`` says so otherwise.
+
+        Raises:
+            ValueError: a size that cannot be.
+        """
+        weights = self._tensors("weight")
+        assert weights is not None
+        more = self.output_padding if output_size is None else self._output_padding(x, output_size)
+        functions = (F.mixed_conv_transpose1d, F.mixed_conv_transpose2d, F.mixed_conv_transpose3d)
+        biases = self._tensors("bias")
+        return functions[len(self.kernel_size) - 1](
+            x, weights, self.coefficients, biases, self.stride, self._pads(), more, self.groups, self.dilation
+        )
+
+    def _pads(self) -> tuple[int, ...]:
+        assert not isinstance(self.padding, str)
+        return self.padding
+
+    def _output_padding(self, x: Tensor, output_size: Sequence[int]) -> list[int]:
+        """What is missing of ``output_size``, by dimension."""
+        spatial = len(self.kernel_size)
+        wanted = list(output_size)
+        if len(wanted) not in (spatial, x.dim()):
+            raise ValueError(f"output_size: got {wanted}, expected {spatial} or {x.dim()} sizes")
+        wanted = wanted[-spatial:]
+        numbers = zip(x.shape[-spatial:], self.stride, self._pads(), self.dilation, self.kernel_size, strict=True)
+        least = [(size - 1) * step - 2 * pad + dil * (kernel - 1) + 1 for size, step, pad, dil, kernel in numbers]
+        most = [size + step - 1 for size, step in zip(least, self.stride, strict=True)]
+        if not all(low <= size <= high for low, size, high in zip(least, wanted, most, strict=True)):
+            raise ValueError(f"output_size: got {wanted}, expected from {least} to {most} for x of {tuple(x.shape)}")
+        return [size - low for size, low in zip(wanted, least, strict=True)]
+
+    def merged(self) -> nn.Module:
+        """The plain transposed convolution that computes the same."""
+        (kind,) = self.source_type
+        bias = self.bias
+        layer = kind(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            bias is not None,
+            self.dilation,
+            self.padding_mode,
+            device="meta",
+        )
+        return self._filled(layer, {"weight": self.weight, "bias": bias})
+
+    def extra_repr(self) -> str:
+        """Sizes, sources and options, for printing."""
+        return f"output_padding={self.output_padding}, {super().extra_repr()}"
+
+
+class ReplacementConvTranspose1d(_ReplacementConvTranspose):
+    """``nn.ConvTranspose1d`` on the mixed weights and biases of other ``nn.ConvTranspose1d``; as ``ReplacementConv1d``.
+
+    ``output_padding`` is ``own``'s, too, else the first source's, and ``forward`` takes an ``output_size`` as the plain
+    layer's. Granularity ``"channel"`` is refused: the kernels mix by the first dimension of a weight, here the input
+    channels.
+    """
+
+    source_type = (nn.ConvTranspose1d,)
+
+
+class ReplacementConvTranspose2d(_ReplacementConvTranspose):
+    """``nn.ConvTranspose2d`` on the mixed weights and biases of other ones; as ``ReplacementConvTranspose1d``."""
+
+    source_type = (nn.ConvTranspose2d,)
+
+
+class ReplacementConvTranspose3d(_ReplacementConvTranspose):
+    """``nn.ConvTranspose3d`` on the mixed weights and biases of other ones; as ``ReplacementConvTranspose1d``."""
+
+    source_type = (nn.ConvTranspose3d,)

@@ -69,12 +69,13 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
         self._look_around()
         if args and type(args[0]) is fx.Proxy:
             # torch.fx traces into all layers but torch's own: a replaced one is one node, as a plain one is.
-            tracer = args[0].tracer
+            tracer: Any = args[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return forward(self, *args, **kwargs)
 
     # torch.compile counts its graphs by code object: each kind of layer has one.
-    entered.__code__ = entered.__code__.replace(co_name=forward.__name__)
+    made: Any = entered
+    made.__code__ = made.__code__.replace(co_name=forward.__name__)
     return entered
 
 
@@ -126,7 +127,7 @@ class ReplacementLayer(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "forward" in vars(cls):
-            cls.forward = _entered(cls.forward)  # type: ignore[method-assign]
+            cls.forward = _entered(cls.forward)
 
     def __init__(
         self,

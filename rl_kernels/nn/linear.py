@@ -86,6 +86,7 @@ class ReplacementTransposedLinear(ReplacementLayer):
     @property
     def weight(self) -> Tensor:
         """The mixed weight, ``(nx, nf)``, evaluated at each access."""
+        self._look_around()
         return F.mix(self._outputs_first(), self.coefficients).t()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ReplacementBatchNorm1d, 2d and 3d, ReplacementLayerNorm and ReplacementGroupNorm."""
+"""ReplacementBatchNorm1d, 2d and 3d, ReplacementLayerNorm, ReplacementRMSNorm and ReplacementGroupNorm."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ AFFINES = ("mixed", "own")
 
 
 class _ReplacementNorm(ReplacementLayer):
+    affine_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    """The affine parameters that a layer of this kind has, or could have."""
+
     def __init__(self, sources: Any, *, own: nn.Module | None = None, affine: Affine = "mixed", **options: Any):
         if affine not in AFFINES:
             raise ValueError(f"affine: got {affine!r}, expected one of {', '.join(AFFINES)}")
         super().__init__(sources, own=own, **options)
         settings: Any = sources[0] if own is None else own
-        self.eps: float = settings.eps
+        self.eps: Any = settings.eps  # A number; None in some RMSNorms.
         self.affine_from: Affine = affine
         if affine == "own":
             self._borrowed = Unregistered()
@@ -30,9 +33,9 @@ class _ReplacementNorm(ReplacementLayer):
             self._own_affine(sources[0] if own is None else own, fresh=own is None)
 
     def _own_affine(self, like: nn.Module, fresh: bool) -> None:
-        plain = {"weight": torch.ones_like, "bias": torch.zeros_like}
-        for name, fill in plain.items():
+        for name in self.affine_names:
             value = getattr(like, name)
+            fill = torch.ones_like if name == "weight" else torch.zeros_like
             # Not by assignment: the names are properties of the class, which nn.Module refuses to shadow.
             self._parameters[name] = (
                 None
@@ -64,7 +67,7 @@ class _ReplacementNorm(ReplacementLayer):
     @classmethod
     def fit_pairs(cls, own: nn.Module, sources: Sequence[nn.Module]) -> list[tuple[Tensor, list[Tensor]]]:
         """The weight, and the bias where there is one: both weigh in a norm, and few elements are there to fit."""
-        names = [name for name in ("weight", "bias") if getattr(own, name) is not None]
+        names = [name for name in cls.affine_names if getattr(own, name) is not None]
         return [(getattr(own, name), [getattr(source, name) for source in sources]) for name in names]
 
     @property
@@ -72,11 +75,12 @@ class _ReplacementNorm(ReplacementLayer):
         """As every layer's; nothing with affine parameters of its own."""
         return (*self._sources, *self._borrowed) if self.affine_from == "mixed" else ()
 
+    def _own_or_mixed(self, name: str) -> Tensor | None:
+        """The weight or the bias, within a call."""
+        return self._parameters[name] if self.affine_from == "own" else self._evaluated(name)
+
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias, within a call."""
-        if self.affine_from == "own":
-            return self._parameters["weight"], self._parameters["bias"]
-        return self._evaluated("weight"), self._evaluated("bias")
+        return self._own_or_mixed("weight"), self._own_or_mixed("bias")
 
     @property
     def weight(self) -> Tensor | None:
@@ -94,11 +98,12 @@ class _ReplacementNorm(ReplacementLayer):
 
     def merged(self) -> nn.Module:
         """The plain norm that computes the same, with a copy of the running statistics if there are any."""
-        weight, bias = self.weight, self.bias
+        values = {name: getattr(self, name) for name in self.affine_names}
         layer = self._plain()
-        if bias is None:
-            layer.register_parameter("bias", None)
-        layer = self._filled(layer, {"weight": weight, "bias": bias})
+        for name, value in values.items():
+            if value is None:
+                layer.register_parameter(name, None)
+        layer = self._filled(layer, values)
         for name, buffer in self._buffers.items():
             layer.register_buffer(name, None if buffer is None else buffer.detach().clone())
         return layer
@@ -276,6 +281,39 @@ class ReplacementLayerNorm(_ReplacementNorm):
 
     def _plain(self) -> nn.Module:
         return nn.LayerNorm(self.normalized_shape, self.eps, device="meta")
+
+    def _settings_repr(self) -> str:
+        return f"{self.normalized_shape}"
+
+
+class ReplacementRMSNorm(_ReplacementNorm):
+    """``nn.RMSNorm`` on the mixed weights of other ``nn.RMSNorm``; as ``ReplacementLayerNorm``, without a bias.
+
+    Where eps is None, it is the smallest step of the input's dtype, as in the plain layer. The norms of other libraries
+    are other classes, whatever they compute: see ``ReplacementByForward``.
+
+    Shape: ``(*, *normalized_shape)``.
+    """
+
+    source_type = (nn.RMSNorm,)
+    affine_names = ("weight",)
+
+    def __init__(self, sources: Any, *, own: nn.Module | None = None, affine: Affine = "mixed", **options: Any):
+        super().__init__(sources, own=own, affine=affine, **options)
+        self.normalized_shape: tuple[int, ...] = tuple(sources[0].normalized_shape)
+        self.elementwise_affine = True
+
+    @property
+    def bias(self) -> None:
+        """None: this norm has none."""
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Division by the root mean square, with the mixed (or own) weight."""
+        return aten.rms_norm(x, self.normalized_shape, self._own_or_mixed("weight"), self.eps)
+
+    def _plain(self) -> nn.Module:
+        return nn.RMSNorm(self.normalized_shape, self.eps, device="meta")
 
     def _settings_repr(self) -> str:
         return f"{self.normalized_shape}"

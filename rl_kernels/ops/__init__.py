@@ -13,7 +13,7 @@ How a call travels (from ``rl_kernels.functional``):
 * ``ways.py``: the four ways through torch, and which one a call takes; ``autograd.py`` goes them, and holds the
   gradients' formulas; ``registration.py`` gives these to the registered ops; ``composite.py`` is the way in plain aten,
   ``sharding.py`` that of DTensors, ``accumulation.py`` that of gradients into ``.grad``.
-* ``attention.py``: multi-head attention, made of these.
+* ``transposed.py``, ``attention.py``: transposed convolutions and multi-head attention, made of these.
 
 An op's file may be changed alone: what it declares is all that others see of it. A gradient's formula stands once, in
 ``autograd.py``, for every way.

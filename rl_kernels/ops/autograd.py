@@ -104,7 +104,9 @@ def mixed_forward_in_python(family: Family, x: Tensor, recipe: Recipe, geometry:
         return family.forward.overload(x, weights, coefficients, biases, *(geometry or ()))
 
 
-def _dgrad(family: Family, dy: Tensor, recipe: Recipe, input_size: Sequence[int], geometry: Geometry | None) -> Tensor:
+def mixed_dgrad(
+    family: Family, dy: Tensor, recipe: Recipe, input_size: Sequence[int], geometry: Geometry | None
+) -> Tensor:
     """The dgrad of ``family``; biases of the recipe are left out."""
     weights, coefficients, _ = recipe
     if needs_composite((dy, coefficients, *weights)):
@@ -151,6 +153,15 @@ def _wgrad(
 # The formulas.
 
 
+def _laid_out(gradient: Tensor, recipe: Recipe, memory_format: torch.memory_format | None) -> Tensor:
+    """The gradient of an output, laid out as that is; None where it has no format, or any is right."""
+    if memory_format is None or needs_composite((gradient,)):
+        return gradient
+    if conv_memory_format(gradient, recipe.weights) == memory_format:
+        return gradient
+    return gradient.clone(memory_format=memory_format)  # Not contiguous(), which leaves sizes of 1 as they are.
+
+
 class Differentiated(NamedTuple):
     """A forward, and which of its gradients are wanted.
 
@@ -177,14 +188,8 @@ class Differentiated(NamedTuple):
     ) -> tuple[Tensor | None, Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
         """Those of x, the weights, the coefficients, the biases; x may be None where no product is wanted."""
         family, recipe, geometry = self.family, self.recipe, self.geometry
-        laid_otherwise = (
-            self.memory_format is not None
-            and not needs_composite((dy,))
-            and conv_memory_format(dy, recipe.weights) != self.memory_format
-        )
-        if laid_otherwise and self.memory_format is not None:
-            dy = dy.clone(memory_format=self.memory_format)  # Not contiguous(), which leaves sizes of 1 as they are.
-        dx = _dgrad(family, dy, recipe, self.input_size, geometry) if self.wants_x else None
+        dy = _laid_out(dy, recipe, self.memory_format)
+        dx = mixed_dgrad(family, dy, recipe, self.input_size, geometry) if self.wants_x else None
         if x is None:
             dbiases = family.composite.bias_gradients(dy, recipe, self.wanted.biases)
             return dx, [None] * len(recipe.weights), None, dbiases
@@ -194,14 +199,21 @@ class Differentiated(NamedTuple):
 def dgrad_gradients(
     family: Family,
     g: Tensor,
-    dy: Tensor,
+    dy: Tensor | None,
     recipe: Recipe,
     wants_dy: bool,
     wanted: Wanted,
     geometry: Geometry | None,
+    memory_format: torch.memory_format | None,
 ) -> tuple[Tensor | None, Sequence[Tensor | None], Tensor | None]:
-    """Gradients of a dgrad against ``g``, shaped as x: those of dy, the weights, the coefficients."""
+    """Gradients of a dgrad against ``g``, shaped as x: those of dy, the weights, the coefficients.
+
+    ``dy`` may be None where no product is wanted; ``memory_format`` is that of a convolution's dx, and so of ``g``.
+    """
+    g = _laid_out(g, recipe, memory_format)
     d_dy = mixed_forward(family, g, recipe, geometry) if wants_dy else None
+    if dy is None:
+        return d_dy, [None] * len(recipe.weights), None
     dweights, dcoefficients, _ = _wgrad(family, dy, g, recipe, wanted, geometry)
     return d_dy, dweights, dcoefficients
 
@@ -267,7 +279,7 @@ class DifferentiatedWgrad(NamedTuple):
             rows += list(by_coefficient)
         h = Recipe(sources, torch.stack(rows))
         d_dy = mixed_forward(family, self.x, h, geometry) if self.wants_dy else None
-        d_x = _dgrad(family, self.dy, h, self.x.shape, geometry) if self.wants_x else None
+        d_x = mixed_dgrad(family, self.dy, h, self.x.shape, geometry) if self.wants_x else None
         of_weights = list(wanted.weights) if by_coefficient is not None else []
         asked = Wanted([False] * len(given) + of_weights, wanted.coefficients and bool(given), [])
         dsources, dmixed, _ = _wgrad(family, self.dy, self.x, h, asked, geometry)
@@ -357,8 +369,10 @@ class _Forward(Function):
 class _Dgrad(Function):
     @staticmethod
     def forward(ctx: Any, node: _Node, dy: Tensor, coefficients: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(dy, coefficients, *weights)
+        wants_product = any(ctx.needs_input_grad[2:])
+        ctx.save_for_backward(dy if wants_product else None, coefficients, *weights)
         ctx.node = node
+        ctx.memory_format = conv_memory_format(dy, weights) if node.family is CONV else None
         recipe = Recipe(weights, coefficients)
         call = Call(node.family.dgrad.name, dy, recipe, node.geometry, input_size=node.input_size)
         with torch._C._AutoDispatchBelowAutograd():
@@ -370,7 +384,9 @@ class _Dgrad(Function):
         _, wants_dy, wants_coefficients, *wants_weights = ctx.needs_input_grad
         recipe, wanted = Recipe(weights, coefficients), Wanted(wants_weights, wants_coefficients, [])
         family, geometry = ctx.node.family, ctx.node.geometry
-        d_dy, dweights, dcoefficients = dgrad_gradients(family, g, dy, recipe, wants_dy, wanted, geometry)
+        d_dy, dweights, dcoefficients = dgrad_gradients(
+            family, g, dy, recipe, wants_dy, wanted, geometry, ctx.memory_format
+        )
         return None, d_dy, dcoefficients, *dweights
 
 

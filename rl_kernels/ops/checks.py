@@ -71,17 +71,22 @@ def check_recipe(recipe: Recipe, dim: int, expected: str) -> None:
     if weight.dim() != dim:
         raise RuntimeError(f"weights[0]: got shape {shape_of(weight)}, expected {expected}")
     check_coefficients(coefficients, weights)
-    if biases is None:
-        return
+    if biases is not None:
+        check_biases(biases, weights, weight.shape[0])
+
+
+def check_biases(biases: Sequence[Tensor], weights: Sequence[Tensor], out: int) -> None:
+    """Raise unless ``biases`` are vectors ``(out,)``, one for each of ``weights`` and like it."""
     if len(biases) != len(weights):
         raise RuntimeError(f"biases: got {len(biases)} tensors, expected {len(weights)} as there are weights")
     check_sources("biases", biases)
-    if biases[0].shape != (weight.shape[0],):
-        raise RuntimeError(f"biases[0]: got shape {shape_of(biases[0])}, expected ({weight.shape[0]},)")
-    if biases[0].dtype != weight.dtype:
-        raise RuntimeError(f"biases[0]: got dtype {biases[0].dtype}, expected {weight.dtype} as weights[0]")
-    if biases[0].device != weight.device:
-        raise RuntimeError(f"biases[0]: got device {biases[0].device}, expected {weight.device} as weights[0]")
+    bias, weight = biases[0], weights[0]
+    if bias.shape != (out,):
+        raise RuntimeError(f"biases[0]: got shape {shape_of(bias)}, expected ({out},)")
+    if bias.dtype != weight.dtype:
+        raise RuntimeError(f"biases[0]: got dtype {bias.dtype}, expected {weight.dtype} as weights[0]")
+    if bias.device != weight.device:
+        raise RuntimeError(f"biases[0]: got device {bias.device}, expected {weight.device} as weights[0]")
 
 
 def check_activation(name: str, activation: Tensor, weight: Tensor) -> None:

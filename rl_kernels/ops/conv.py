@@ -30,7 +30,8 @@ def _check_recipe(recipe: Recipe, geometry: Geometry) -> None:
     check_recipe(recipe, dim, f"{dim} dimensions (out, in / groups, *kernel)")
 
 
-def _check_geometry(weight: Tensor, geometry: Geometry) -> None:
+def check_geometry(weight: Tensor, geometry: Geometry, channels: str = "output") -> None:
+    """Raise unless ``geometry`` fits ``weight``, whose first dimension is a layer's ``channels``."""
     stride, padding, dilation, groups = geometry
     spatial = len(stride)
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
@@ -43,7 +44,7 @@ def _check_geometry(weight: Tensor, geometry: Geometry) -> None:
     if groups < 1:
         raise RuntimeError(f"groups: got {groups}, expected 1 or more")
     if weight.shape[0] % groups != 0:
-        raise RuntimeError(f"groups: got {groups}, expected a divisor of the {weight.shape[0]} output channels")
+        raise RuntimeError(f"groups: got {groups}, expected a divisor of the {weight.shape[0]} {channels} channels")
 
 
 # y (batch, out, *spatial) of x (batch, in, *spatial), by weights (out, in / groups, *kernel).
@@ -54,7 +55,7 @@ def _check_forward(call: Call) -> None:
     _check_recipe(call.recipe, geometry)
     x, weight = call.activation if call.x is None else call.x, call.recipe.weights[0]
     check_activation("x", x, weight)
-    _check_geometry(weight, geometry)
+    check_geometry(weight, geometry)
     _check_input(x, weight, geometry)
 
 
@@ -102,7 +103,7 @@ def _check_dgrad(call: Call) -> None:
     _check_recipe(call.recipe, geometry)
     weight = call.recipe.weights[0]
     check_activation("dy", dy, weight)
-    _check_geometry(weight, geometry)
+    check_geometry(weight, geometry)
     channels = weight.shape[1] * geometry.groups
     if len(input_size) != weight.dim() or input_size[1] != channels:
         raise RuntimeError(f"input_size: got {list(input_size)}, expected (batch, {channels}, {spatial} spatial sizes)")

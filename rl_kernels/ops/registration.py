@@ -67,7 +67,10 @@ def _register_dgrad(family: Family) -> None:
         dy, coefficients, *weights = ctx.saved_tensors
         wants_dy, wants_weights, wants_coefficients, *_ = ctx.needs_input_grad
         recipe, wanted = Recipe(weights, coefficients), Wanted(list(wants_weights), wants_coefficients, [])
-        d_dy, dweights, dcoefficients = dgrad_gradients(family, g, dy, recipe, wants_dy, wanted, ctx.geometry)
+        memory_format = conv_memory_format(dy, weights) if family is CONV else None
+        d_dy, dweights, dcoefficients = dgrad_gradients(
+            family, g, dy, recipe, wants_dy, wanted, ctx.geometry, memory_format
+        )
         size = (None,) if family is CONV else ()
         return d_dy, list(dweights), dcoefficients, *size, *_nones(ctx.geometry)
 

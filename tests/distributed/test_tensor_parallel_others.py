@@ -37,10 +37,12 @@ def outcome(call: Callable[[], Any]) -> Any:
         return str(error)
 
 
-def check_convolutions() -> None:
+def check_convolutions(transposed: bool) -> None:
     """Right, or refused: never the wrong numbers that torch's own convolution makes of most placements."""
     mesh = init_device_mesh("cpu", (2,))
-    weights = [torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    convolution: Any = F.mixed_conv_transpose2d if transposed else F.mixed_conv2d
+    filters = (4, 6, 3, 3) if transposed else (6, 4, 3, 3)
+    weights = [torch.randn(filters, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     biases = [torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     mixing = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     message = r"^{}: got shape .* with placements .* over 2 ranks, expected Replicate\(\){}: the convolutions of"
@@ -60,11 +62,11 @@ def check_convolutions() -> None:
     ):
         case = (of_x, of_weights, of_biases, batch)
         x = torch.randn(batch, 4, 6, 6, dtype=torch.float64, requires_grad=True)
-        expected = F.mixed_conv2d(x, weights, mixing, biases, padding=1)
+        expected = convolution(x, weights, mixing, biases, padding=1)
         leaves = [x, *weights, mixing, *biases]
         placements = [of_x, of_weights, of_weights, whole, of_biases, of_biases]
         there = [distributed(mesh, leaf, placement) for leaf, placement in zip(leaves, placements, strict=True)]
-        call = functools.partial(F.mixed_conv2d, there[0], there[1:3], there[3], there[4:], padding=1)
+        call = functools.partial(convolution, there[0], there[1:3], there[3], there[4:], padding=1)
         if refused:
             found = outcome(call)
             or_rows = r", or Shard\(dim=0\) with a row for every rank" if refused == "x" else ""
@@ -76,12 +78,15 @@ def check_convolutions() -> None:
         gradients = torch.autograd.grad(y, there, distribute_tensor(dy, mesh, [whole]))
         for found, truth in zip(gradients, torch.autograd.grad(expected, leaves, dy), strict=True):
             torch.testing.assert_close(full(found), truth, msg=lambda m, c=case: f"{c}: {m}")
+    if transposed:
+        return
     plain = torch.nn.functional.conv2d(distributed(mesh, x, whole), distributed(mesh, weights[0], Shard(0)))
     assert plain.shape[1] == 6 and plain.full_tensor().shape[1] == 3  # Half of its channels, for all of them.
 
 
-def test_convolutions_are_right_or_refused(ranks: Ranks) -> None:
-    ranks.run(check_convolutions)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+def test_convolutions_are_right_or_refused(ranks: Ranks, transposed: bool) -> None:
+    ranks.run(check_convolutions, transposed)
 
 
 def check_attention() -> None:

@@ -15,7 +15,7 @@ import rl_kernels as rl
 from rl_kernels import functional as F
 from tests.conversion.common import spread_out
 
-KINDS = ("linear", "conv")
+KINDS = ("linear", "conv", "conv_transpose")
 
 # torch.jit is deprecated, and warns of the checks of shapes, which are constants of a traced graph.
 tracing = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
@@ -33,19 +33,27 @@ class Problem(NamedTuple):
 def problem(kind: str, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> Problem:
     """A linear layer, or a grouped and strided convolution."""
     mixing = torch.float64 if dtype == torch.float64 else torch.float32
-    x, weight = ((4, 6), (4, 6)) if kind == "linear" else ((2, 6, 5, 4), (4, 3, 3, 3))
+    x, weight = {
+        "linear": ((4, 6), (4, 6)),
+        "conv": ((2, 6, 5, 4), (4, 3, 3, 3)),
+        "conv_transpose": ((5, 6, 3, 7), (6, 2, 3, 3)),
+    }[kind]
     shapes = [(x, dtype), ((2,), mixing), (weight, dtype), (weight, dtype), ((4,), dtype), ((4,), dtype)]
     made = (torch.randn(shape, dtype=torch.float64).to(kind).requires_grad_(requires_grad) for shape, kind in shapes)
 
     def mixed(x: Tensor, c: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
         if kind == "linear":
             return F.mixed_linear(x, (w1, w2), c, (b1, b2))
+        if kind == "conv_transpose":
+            return F.mixed_conv_transpose2d(x, (w1, w2), c, (b1, b2), stride=2, padding=1, output_padding=1, groups=2)
         return F.mixed_conv2d(x, (w1, w2), c, (b1, b2), stride=2, padding=1, groups=2)
 
     def naive(x: Tensor, c: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
         weight, bias = c[0] * w1 + c[1] * w2, c[0] * b1 + c[1] * b2
         if kind == "linear":
             return nn.functional.linear(x, weight, bias)
+        if kind == "conv_transpose":
+            return nn.functional.conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1, groups=2)
         return nn.functional.conv2d(x, weight, bias, stride=2, padding=1, groups=2)
 
     return Problem(mixed, naive, tuple(made))

@@ -79,6 +79,25 @@ def test_convolution(spatial: int, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_transposed_convolution(spatial: int, name: str) -> None:
+    settings = CONVOLUTIONS[name]
+    mixed = (F.mixed_conv_transpose1d, F.mixed_conv_transpose2d, F.mixed_conv_transpose3d)[spatial - 1]
+    plain: Any = tuple(getattr(nn.functional, f"conv_transpose{dim}d") for dim in (1, 2, 3))[spatial - 1]
+    outside = 8 // settings.get("groups", 1)
+    x, weight, bias = torch.randn(2, 4, *(4, 3, 5)[:spatial]), torch.randn(4, outside, *(3,) * spatial), torch.randn(8)
+    assert_counts(
+        lambda x, w, c, b: mixed(x, w, c, b, **settings),
+        lambda x, w, b: plain(x, w, b, **settings),
+        x,
+        weight,
+        bias,
+        2 * x.numel() * outside * 3**spatial,
+        settings.get("groups", 1),
+    )
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_attention(cross: bool, need_weights: bool) -> None:

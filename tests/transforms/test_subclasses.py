@@ -179,7 +179,7 @@ def test_a_torch_function_subclass(kind: str, j: int) -> None:
     Named.heard.clear()
     y = mixed(*(a.as_subclass(Named) if k == j else a for k, a in enumerate(arguments)))
     assert type(y) is Named
-    assert {"linear", "conv2d"} & set(Named.heard)
+    assert {"linear", "conv2d", "conv_transpose2d"} & set(Named.heard)
     torch.testing.assert_close(y.as_subclass(Tensor), naive(*arguments))
 
 
@@ -212,12 +212,14 @@ class Listening(TorchFunctionMode):
 def test_modes_within_modes(kind: str) -> None:
     """Function and dispatch modes, nested; and torch's own mode of a default device."""
     mixed, naive, arguments = problem(kind, requires_grad=True)
+    # A transposed convolution is the dgrad of one.
+    kind, forward = ("conv", "_dgrad") if kind == "conv_transpose" else (kind, "")
     op = f"rl_kernels::mixed_{kind}"
     with torch.device("cpu"), Listening() as listening, Ops() as outer, Ops() as inner:
         y = mixed(*arguments)
         torch.autograd.grad(y.sum(), arguments)
     assert listening.calls > 0
-    assert outer.seen[op] == inner.seen[op] == 1
+    assert outer.seen[op + forward] == inner.seen[op + forward] == 1
     assert outer.seen[f"{op}_wgrad"] == inner.seen[f"{op}_wgrad"] == 1
     torch.testing.assert_close(y, naive(*arguments))
 
