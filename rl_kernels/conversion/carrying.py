@@ -48,7 +48,8 @@ def _is_torchs(hook: Any) -> bool:
 def carry(own: nn.Module, layer: ReplacementLayer) -> None:
     """Give ``layer`` the attributes of the layer that it replaces, and let it remember those that it has itself."""
     ours = {name for base in type(layer).__mro__ if issubclass(base, ReplacementLayer) for name in vars(base)}
-    found = {name: value for name, value in vars(own).items() if name not in _INTERNAL and name not in vars(layer)}
+    ours |= vars(layer).keys()
+    found = {name: value for name, value in vars(own).items() if name not in _INTERNAL}
     hidden = {name: value for name, value in found.items() if name in ours}
     shown = {name: value for name, value in found.items() if name not in ours}
     if layer.keeps_belongings:  # It has them already, and its forward reads its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import wraps
 from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -359,6 +360,8 @@ class ReplacementLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        with suppress(RuntimeError):  # What has left is warned of below: saving does not fail.
+            self._look_around()
         recorded.record(self, destination, prefix)
 
     def _load_from_state_dict(

@@ -170,7 +170,7 @@ def test_a_model_of_such_layers_is_replaced_and_merged(made: type[Conv1D], granu
     x = given(3, 8)
     expected = model(x)
     rl.merge(model)
-    assert type(model[3].c_fc) is Conv1D
+    assert isinstance(model[3].c_fc, Conv1D)
     torch.testing.assert_close(model(x), expected)
 
 
