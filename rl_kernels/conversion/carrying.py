@@ -23,20 +23,20 @@ _HOOKS = (
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
-def what_would_be_lost(own: nn.Module, kind: type[ReplacementLayer]) -> str:
-    """What hangs on ``own`` that a replaced layer of that kind can neither carry nor do without; empty for nothing."""
+def what_would_be_lost(own: nn.Module, kind: type[ReplacementLayer], path: str) -> str:
+    """What hangs on ``own``, at ``path``, that a replaced layer of that kind can neither carry nor do without; empty for nothing."""
     for module in own.modules():
         for name in _HOOKS:
             if any(not _is_torchs(hook) for hook in (getattr(module, name, None) or {}).values()):
-                return f"hooks ({name.strip('_')})"
+                return f"hooks at {path} ({name.strip('_')})"
     for name, parameter in own.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            return f"hooks on {name}"
+            return f"hooks at {path} (on its {name})"
     if not kind.keeps_belongings:
         known = {"parametrizations", "out_proj", "running_mean", "running_var", "num_batches_tracked"}
         for name in (*own._parameters, *own._buffers, *own._modules):
             if name not in known and not hasattr(kind, name):
-                return f"{name}, which {kind.__name__} has no place for"
+                return f"{name} at {path}, for which {kind.__name__} has no place and"
     return ""
 
 

@@ -99,11 +99,10 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
     elsewhere = sharing.explain(path, own)
     if elsewhere:
         raise ValueError(f"model: got shared parameters ({elsewhere}), expected those of replaced layers used once")
-    lost = what_would_be_lost(own, kind)
+    lost = what_would_be_lost(own, kind, path)
     if lost:
         raise ValueError(
-            f"model: got {lost} at {path}, which would be lost; expected a layer without, or hooks that "
-            "are registered afterwards"
+            f"model: got {lost}, which would be lost; expected a layer without, or hooks that are registered afterwards"
         )
     return _Replacement(path, kind, own, sources)
 

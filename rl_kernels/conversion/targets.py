@@ -30,7 +30,7 @@ def _mlp(part: Part) -> bool:
 
 
 def _conv(part: Part) -> bool:
-    return isinstance(part.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return isinstance(part.module, nn.modules.conv._ConvNd)
 
 
 def _linear(part: Part) -> bool:

@@ -270,7 +270,7 @@ def test_check_of_an_optimizer() -> None:
 
 
 def test_check_of_other_things() -> None:
-    with pytest.raises(TypeError, match="model: got int, expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"model: got int, expected an nn\.Module"):
         rl.check(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer: got int"):
         rl.check(chain(), 3)  # type: ignore[arg-type]
