@@ -24,7 +24,7 @@ _INTERNAL = frozenset(vars(nn.Module()))
 
 
 def what_would_be_lost(own: nn.Module, kind: type[ReplacementLayer], path: str) -> str:
-    """What hangs on ``own``, at ``path``, that a replaced layer of that kind can neither carry nor do without; empty for nothing."""
+    """What hangs on ``own``, at ``path``, that a replaced layer of that kind cannot carry; empty for nothing."""
     for module in own.modules():
         for name in _HOOKS:
             if any(not _is_torchs(hook) for hook in (getattr(module, name, None) or {}).values()):

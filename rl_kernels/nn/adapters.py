@@ -18,7 +18,7 @@ def parameter_of(source: nn.Module, name: str) -> Any:
     """
     parameter = source._parameters.get(name)
     if parameter is not None:  # The usual case, without the search of nn.Module.__getattr__.
-        return parameter
+        return _fetched(source, name, parameter) if parameter.is_meta else parameter
     if name in vars(source):
         for hook in source._forward_pre_hooks.values():
             if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
@@ -28,6 +28,19 @@ def parameter_of(source: nn.Module, name: str) -> Any:
                     "or torch.nn.utils.parametrizations"
                 )
     return getattr(source, name)
+
+
+def _fetched(source: nn.Module, name: str, parameter: Any) -> Any:
+    """What accelerate's offloading has put in the place of a parameter, from where it is; else the parameter.
+
+    Told by its hooks, which fetch a module's parameters for the module's own call: accelerate is never imported.
+    """
+    hook = vars(source).get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):
+        stored = getattr(each, "weights_map", None)
+        if stored is not None:
+            return stored[name].to(each.execution_device)
+    return parameter
 
 
 def has_adapters(module: nn.Module | None) -> bool:

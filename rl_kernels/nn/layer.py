@@ -431,7 +431,7 @@ class ReplacementLayer(nn.Module):
 
         Its parameters require gradients where one of those that it is made from does.
         """
-        like = self.main_weight(self._sources[0])
+        like = next(value for value in values.values() if value is not None)
         layer.to_empty(device=like.device).to(dtype=like.dtype)
         with torch.no_grad():
             for name, value in values.items():
