@@ -35,7 +35,8 @@ def _fetched(source: nn.Module, name: str, parameter: Any) -> Any:
 
     Told by its hooks, which fetch a module's parameters for the module's own call: accelerate is never imported.
     """
-    hook = vars(source).get("_hf_hook")
+    hook: Any = vars(source).get("_hf_hook")
+    each: Any
     for each in getattr(hook, "hooks", (hook,)):
         stored = getattr(each, "weights_map", None)
         if stored is not None:
