@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as aten
 from torch import Tensor, nn
@@ -13,6 +13,18 @@ from rl_kernels.nn.layer import ReplacementLayer
 
 
 class _ReplacementConv(ReplacementLayer):
+    _settings: ClassVar[tuple[str, ...]] = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+    """What the plain layer is made of, by the names that it has too."""
+
     def __init__(self, sources: Any, *, own: nn.Module | None = None, **options: Any):
         super().__init__(sources, own=own, **options)
         settings: Any = sources[0] if own is None else own
@@ -54,22 +66,13 @@ class _ReplacementConv(ReplacementLayer):
         return sides
 
     def merged(self) -> nn.Module:
-        """The plain convolution that computes the same."""
+        """The plain layer that computes the same."""
         (kind,) = self.source_type
         bias = self.bias
-        layer = kind(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            bias is not None,
-            self.padding_mode,
-            device="meta",
+        settings = {name: getattr(self, name) for name in self._settings}
+        return self._filled(
+            kind(**settings, bias=bias is not None, device="meta"), {"weight": self.weight, "bias": bias}
         )
-        return self._filled(layer, {"weight": self.weight, "bias": bias})
 
     def extra_repr(self) -> str:
         """Sizes, sources and options, for printing."""
@@ -102,6 +105,8 @@ class ReplacementConv3d(_ReplacementConv):
 
 
 class _ReplacementConvTranspose(_ReplacementConv):
+    _settings = (*_ReplacementConv._settings, "output_padding")
+
     def __init__(self, sources: Any, *, own: nn.Module | None = None, **options: Any):
         super().__init__(sources, own=own, **options)
         settings: Any = sources[0] if own is None else own
@@ -156,25 +161,6 @@ class _ReplacementConvTranspose(_ReplacementConv):
         if not all(low <= size <= high for low, size, high in zip(least, wanted, most, strict=True)):
             raise ValueError(f"output_size: got {wanted}, expected from {least} to {most} for x of {tuple(x.shape)}")
         return [size - low for size, low in zip(wanted, least, strict=True)]
-
-    def merged(self) -> nn.Module:
-        """The plain transposed convolution that computes the same."""
-        (kind,) = self.source_type
-        bias = self.bias
-        layer = kind(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.output_padding,
-            self.groups,
-            bias is not None,
-            self.dilation,
-            self.padding_mode,
-            device="meta",
-        )
-        return self._filled(layer, {"weight": self.weight, "bias": bias})
 
     def extra_repr(self) -> str:
         """Sizes, sources and options, for printing."""

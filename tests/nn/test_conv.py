@@ -2,30 +2,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rl_kernels as rl
-from rl_kernels.nn import ReplacementConv1d, ReplacementConv2d, ReplacementConv3d, ReplacementLayer
+from rl_kernels.nn import ReplacementConv1d, ReplacementConv2d, ReplacementConv3d
 from tests.nn.common import assert_accurate, assert_as_by_hand
+from tests.nn.convolutions import DIMS, Convolutions, named
 
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 REPLACED = {1: ReplacementConv1d, 2: ReplacementConv2d, 3: ReplacementConv3d}
 SIZES = {1: (11,), 2: (9, 8), 3: (5, 6, 7)}
-DIMS = pytest.mark.parametrize("dim", [1, 2, 3], ids=["1d", "2d", "3d"])
-
-
-def convolutions(dim: int, n: int = 2, dtype: torch.dtype = torch.float64, **settings: Any) -> list[Any]:
-    torch.manual_seed(0)
-    settings = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, **settings}
-    return [PLAIN[dim](**settings, dtype=dtype) for _ in range(n)]
-
-
-def given(dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(2, 4, *SIZES[dim], dtype=dtype, requires_grad=True)
-
-
-def replaced(dim: int, sources: list[Any], **options: Any) -> ReplacementLayer:
-    return REPLACED[dim](sources, **{"init": (0.3, -0.9), **options})
+KIND = Convolutions(PLAIN, REPLACED, SIZES)
+convolutions, given, replaced = KIND.sources, KIND.given, KIND.replaced
 
 
 @DIMS
@@ -41,7 +29,7 @@ def replaced(dim: int, sources: list[Any], **options: Any) -> ReplacementLayer:
         {"padding": "same", "kernel_size": 4, "dilation": 2},
         {"padding": "valid", "stride": 2},
     ],
-    ids=lambda settings: ", ".join(f"{k}={v}" for k, v in settings.items()) or "plain",
+    ids=named,
 )
 def test_as_by_hand(dim: int, settings: dict[str, Any]) -> None:
     assert_as_by_hand(replaced(dim, convolutions(dim, **settings)), given(dim))

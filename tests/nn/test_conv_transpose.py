@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rl_kernels as rl
 from rl_kernels.nn import (
@@ -14,25 +14,13 @@ from rl_kernels.nn import (
     ReplacementLayer,
 )
 from tests.nn.common import assert_accurate, assert_as_by_hand
+from tests.nn.convolutions import DIMS, Convolutions, named
 
 PLAIN = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 REPLACED = {1: ReplacementConvTranspose1d, 2: ReplacementConvTranspose2d, 3: ReplacementConvTranspose3d}
 SIZES = {1: (5,), 2: (4, 3), 3: (2, 3, 4)}
-DIMS = pytest.mark.parametrize("dim", [1, 2, 3], ids=["1d", "2d", "3d"])
-
-
-def convolutions(dim: int, n: int = 2, dtype: torch.dtype = torch.float64, **settings: Any) -> list[Any]:
-    torch.manual_seed(0)
-    settings = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, **settings}
-    return [PLAIN[dim](**settings, dtype=dtype) for _ in range(n)]
-
-
-def given(dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(2, 4, *SIZES[dim], dtype=dtype, requires_grad=True)
-
-
-def replaced(dim: int, sources: list[Any], **options: Any) -> ReplacementLayer:
-    return REPLACED[dim](sources, **{"init": (0.3, -0.9), **options})
+KIND = Convolutions(PLAIN, REPLACED, SIZES)
+convolutions, given, replaced = KIND.sources, KIND.given, KIND.replaced
 
 
 @DIMS
@@ -46,7 +34,7 @@ def replaced(dim: int, sources: list[Any], **options: Any) -> ReplacementLayer:
         {"groups": 2, "padding": 1},
         {"dilation": 3, "output_padding": 2, "stride": 2},
     ],
-    ids=lambda settings: ", ".join(f"{k}={v}" for k, v in settings.items()) or "plain",
+    ids=named,
 )
 def test_as_by_hand(dim: int, settings: dict[str, Any]) -> None:
     assert_as_by_hand(replaced(dim, convolutions(dim, **settings)), given(dim))
