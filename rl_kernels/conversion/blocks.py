@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from rl_kernels import nn as replacements
 from rl_kernels.nn import ReplacementLayer
-from rl_kernels.nn.adapters import full_name, has_adapters
+from rl_kernels.nn.adapters import full_class_name, full_name, has_adapters
 from rl_kernels.nn.foreign import foreign_class, foreign_kind
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -128,7 +128,7 @@ def _why_not_mixed(module: nn.Module) -> str:
     for name, parameter in module.named_parameters():
         kind = type(parameter)
         if kind.__module__.split(".")[0] == "torchao":
-            return f"its {name} is quantised ({kind.__module__}.{kind.__qualname__})"
+            return f"its {name} is quantised ({full_class_name(kind)})"
         if not parameter.is_floating_point():
             return f"its dtype is {parameter.dtype}, expected a real floating-point one"
     return ""
@@ -207,7 +207,7 @@ class _Search:
         # A first walk learns the classes that form blocks, for stages that have them in other shapes only.
         found = list(self._walk(self.model, ""))
         classes = {class_of(block.module) for block in found}
-        self.known = classes - {*CONTAINERS}
+        self.known = classes - set(CONTAINERS)
         return found if self.leaves else list(self._walk(self.model, ""))
 
     def _walk(self, module: nn.Module, path: str) -> Iterator[Block]:

@@ -8,25 +8,16 @@ from torch import nn
 
 from rl_kernels.conversion.blocks import class_of
 from rl_kernels.nn import ReplacementLayer
+from rl_kernels.nn.adapters import HOOKS
 from rl_kernels.nn.layer import Belongings
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
 def what_would_be_lost(own: nn.Module, kind: type[ReplacementLayer], path: str) -> str:
     """What hangs on ``own``, at ``path``, that a replaced layer of that kind cannot carry; empty for nothing."""
     for module in own.modules():
-        for name in _HOOKS:
+        for name in HOOKS:
             if any(not _is_torchs(hook) for hook in (getattr(module, name, None) or {}).values()):
                 return f"hooks at {path} ({name.strip('_')})"
     for name, parameter in own.named_parameters():
@@ -36,7 +27,7 @@ def what_would_be_lost(own: nn.Module, kind: type[ReplacementLayer], path: str) 
         known = {"parametrizations", "out_proj", "running_mean", "running_var", "num_batches_tracked"}
         for name in (*own._parameters, *own._buffers, *own._modules):
             if name not in known and not hasattr(kind, name):
-                return f"{name} at {path}, for which {kind.__name__} has no place and"
+                return f"{name} at {path}, for which {kind.__name__} has no place"
     return ""
 
 

@@ -9,6 +9,24 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""Where a module keeps its hooks."""
+
+
+def hook_that_makes(module: nn.Module) -> Any:
+    """A hook of torch's that makes a parameter of ``module`` in each of its calls, or None."""
+    makers = (WeightNorm, SpectralNorm, BasePruningMethod)
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, makers)), None)
+
 
 def parameter_of(source: nn.Module, name: str) -> Any:
     """The parameter ``name`` of ``source``, or what torch's parametrizations make of it, as it is now.
@@ -19,14 +37,13 @@ def parameter_of(source: nn.Module, name: str) -> Any:
     parameter = source._parameters.get(name)
     if parameter is not None:  # The usual case, without the search of nn.Module.__getattr__.
         return _fetched(source, name, parameter) if parameter.is_meta else parameter
-    if name in vars(source):
-        for hook in source._forward_pre_hooks.values():
-            if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
-                raise RuntimeError(
-                    f"sources: got a {type(source).__name__} whose {name} is made by {type(hook).__name__} of "
-                    f"{type(hook).__module__} in its own forward, out of date in other layers; expected a parameter, "
-                    "or torch.nn.utils.parametrizations"
-                )
+    hook = hook_that_makes(source) if name in vars(source) else None
+    if hook is not None:
+        raise RuntimeError(
+            f"sources: got a {type(source).__name__} whose {name} is made by {type(hook).__name__} of "
+            f"{type(hook).__module__} in its own forward, out of date in other layers; expected a parameter, "
+            "or torch.nn.utils.parametrizations"
+        )
     return getattr(source, name)
 
 
@@ -70,4 +87,9 @@ def check_adapters(source: nn.Module, parent: nn.Module, name: str) -> None:
 
 def full_name(module: nn.Module) -> str:
     """The class of ``module`` with where it is from."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    return full_class_name(type(module))
+
+
+def full_class_name(kind: type) -> str:
+    """A class with where it is from."""
+    return f"{kind.__module__}.{kind.__qualname__}"

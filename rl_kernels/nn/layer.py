@@ -68,9 +68,10 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def entered(self: ReplacementLayer, *args: Any, **kwargs: Any) -> Any:
         self._look_around()
-        if args and type(args[0]) is fx.Proxy:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, fx.Proxy):
             # torch.fx traces into all layers but torch's own: a replaced one is one node, as a plain one is.
-            tracer: Any = args[0].tracer
+            tracer: Any = first.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return forward(self, *args, **kwargs)
 
@@ -286,6 +287,11 @@ class ReplacementLayer(nn.Module):
         """The modules whose parameters a call reads and which others own: the sources, and borrowed coefficients."""
         return (*self._sources, *self._borrowed)
 
+    @property
+    def _trained(self) -> bool:
+        """Whether a parameter that a call reads requires a gradient."""
+        return any(p.requires_grad for module in (self, *self.runs_on) for p in module.parameters())
+
     def role(self, j: int) -> str:
         """What ``runs_on[j]`` is, for messages."""
         return f"sources[{j}]" if j < len(self._sources) else "coefficients"
@@ -429,7 +435,7 @@ class ReplacementLayer(nn.Module):
     def _filled(self, layer: Plain, values: dict[str, Tensor | None]) -> Plain:
         """A plain ``layer`` off the meta device, with copies of ``values``, like the sources, in this layer's mode.
 
-        Its parameters require gradients where one of those that it is made from does.
+        Its parameters require gradients where one that it is made from does.
         """
         like = next(value for value in values.values() if value is not None)
         layer.to_empty(device=like.device).to(dtype=like.dtype)
@@ -437,8 +443,7 @@ class ReplacementLayer(nn.Module):
             for name, value in values.items():
                 if value is not None:
                     layer.get_parameter(name).copy_(value)
-        made_from = (parameter for module in (self, *self.runs_on) for parameter in module.parameters())
-        return layer.requires_grad_(any(parameter.requires_grad for parameter in made_from)).train(self.training)
+        return layer.requires_grad_(self._trained).train(self.training)
 
     def extra_repr(self) -> str:
         """Sources and options, for printing."""

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from rl_kernels import functional as F
-from rl_kernels.nn.adapters import full_name, has_adapters
+from rl_kernels.nn.adapters import HOOKS, full_name, has_adapters, hook_that_makes
 from rl_kernels.nn.layer import ReplacementLayer, Unregistered
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class ReplacementByForward(ReplacementLayer):
@@ -161,7 +157,7 @@ class ReplacementByForward(ReplacementLayer):
         self._look_around()
         layer = copy.deepcopy(self._shell[0])
         for name, value in self._all_mixed().items():
-            layer._parameters[name] = nn.Parameter(value.detach())
+            layer._parameters[name] = nn.Parameter(value.detach(), requires_grad=self._trained)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -193,9 +189,9 @@ def why_not_wrapped(module: nn.Module) -> str:
             return f"its {name} is uninitialised"
         if parameter.dtype not in _DTYPES:
             return f"its {name} is {parameter.dtype}"
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
-            return f"{type(hook).__name__} of {type(hook).__module__} makes its {getattr(hook, 'name', 'weight')}"
+    hook = hook_that_makes(module)
+    if hook is not None:
+        return f"{type(hook).__name__} of {type(hook).__module__} makes its {getattr(hook, 'name', 'weight')}"
     for name in module._modules:
         if name == "mixing" or hasattr(ReplacementByForward, name):
             return f"its {name} has a name that replaced layers use"
@@ -251,6 +247,6 @@ def _shell_of(module: nn.Module) -> nn.Module:
         for parameter in _parameters(module).values()
     }
     shell = copy.deepcopy(module, known)
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         getattr(shell, hooks).clear()
     return shell

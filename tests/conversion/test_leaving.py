@@ -291,6 +291,31 @@ def test_fx_has_a_replaced_layer_as_one_node() -> None:
     torch.testing.assert_close(traced(X), model(X))
 
 
+class MarkedProxy(torch.fx.Proxy):
+    """As transformers' tracer makes them."""
+
+
+class MarkedTracer(torch.fx.Tracer):
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return MarkedProxy(node, self)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = replaced(chain)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[1](x=x)
+
+
+def test_fx_by_keyword_and_with_proxies_of_another_class() -> None:
+    model = ByKeyword()
+    graph = MarkedTracer().trace(model)
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["layers.1"]
+    torch.testing.assert_close(torch.fx.GraphModule(model, graph)(X), model(X))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_script_says_merge_first() -> None:
     model = replaced(chain)

@@ -397,3 +397,12 @@ def test_what_can_be_wrapped_and_what_it_stores() -> None:
     stored = {kind: numbers_stored(make()) for kind, (make, _) in KINDS.items()}
     assert stored["rms"] == stored["batch norm"] == stored["prelu"] == 0
     assert stored["linear"] == 36 and stored["conv"] == 6 * 3 * 9
+
+
+@pytest.mark.parametrize("kind", ["rms", "conv"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_what_is_merged_is_trained_where_it_was(kind: str, frozen: bool) -> None:
+    layer = replaced(kind)
+    for module in (layer, *layer.sources):
+        module.requires_grad_(not frozen)
+    assert {parameter.requires_grad for parameter in layer.merged().parameters()} == {not frozen}
