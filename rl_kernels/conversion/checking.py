@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from rl_kernels.nn import ReplacementLayer
+from rl_kernels.nn.standing import paths_of
 
 
 def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -31,7 +32,9 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> N
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer or None")
-    missing = list(_missing(model))
+    paths = paths_of(model)
+    layers = [module for module in model.modules() if isinstance(module, ReplacementLayer)]
+    missing = [text for layer in layers for text in _missing(layer, paths)]
     if missing:
         raise RuntimeError(
             f"model: got {type(model).__name__} that does not hold all that its replaced layers run on, which is "
@@ -40,20 +43,15 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> N
         )
     if optimizer is not None:
         _check_trained(model, optimizer)
-    for layer in _replaced(model).values():
-        layer.stand_in(model)
+    for layer in layers:
+        layer.stand_in(model, paths)
 
 
-def _replaced(model: nn.Module) -> dict[str, ReplacementLayer]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, ReplacementLayer)}
-
-
-def _missing(model: nn.Module) -> Iterator[str]:
-    held = set(model.modules())
-    for path, layer in _replaced(model).items():
-        for j, module in enumerate(layer.runs_on):
-            if module not in held:
-                yield f"{path or 'the model'} ({type(layer).__name__}) misses {layer.role(j)} ({type(module).__name__})"
+def _missing(layer: ReplacementLayer, paths: Mapping[int, str]) -> Iterator[str]:
+    name = f"{paths[id(layer)] or 'the model'} ({type(layer).__name__})"
+    for j, module in enumerate(layer.runs_on):
+        if id(module) not in paths:
+            yield f"{name} misses {layer.role(j)} ({type(module).__name__})"
 
 
 def _check_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

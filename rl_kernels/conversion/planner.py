@@ -95,6 +95,7 @@ def plan(
 
     walked, slots = find(model, chosen, level)
     parameter_bytes, trainable_bytes = bytes_of(model.parameters())
+    parameters, buffers, containers = count(model), buffer_bytes(model), stages(slots)
 
     def planned(every: int) -> Plan:
         first = every if offset is None else offset
@@ -108,13 +109,13 @@ def plan(
             options=options,
             level=walked,
             fell_back=level == "auto" and walked == "layer",
-            stages=stages(slots),
+            stages=containers,
             replaced=tuple(replaced),
             skipped=tuple(skipped),
-            parameters=count(model),
+            parameters=parameters,
             parameter_bytes=parameter_bytes,
             trainable_bytes=trainable_bytes,
-            buffer_bytes=buffer_bytes(model),
+            buffer_bytes=buffers,
             optimizer=optimizer,
             siblings=siblings(slots, replaced),
         )

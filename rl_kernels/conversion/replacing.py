@@ -23,6 +23,7 @@ from rl_kernels.conversion.options import Options
 from rl_kernels.conversion.plans import Plan, PlannedLayer, ReplacedBlock
 from rl_kernels.nn import ReplacementLayer
 from rl_kernels.nn.coefficients import Init, initial_coefficients
+from rl_kernels.nn.standing import paths_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,8 +60,9 @@ def replace(model: Model, plan: Plan) -> Model:
     for path, layer in made.items():
         carry(owns[path], layer)
         model.set_submodule(path, layer)
+    paths = paths_of(model)
     for layer in made.values():
-        layer.stand_in(model)
+        layer.stand_in(model, paths)
     encoder_fast_path.switch_off(model)
     return model
 

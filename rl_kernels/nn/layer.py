@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from types import FunctionType
@@ -22,7 +22,7 @@ from rl_kernels.nn.coefficients import (
     Init,
     initial_coefficients,
 )
-from rl_kernels.nn.standing import Standing, found_again
+from rl_kernels.nn.standing import Standing, found_again, paths_of
 
 Layer = TypeVar("Layer", bound="ReplacementLayer")
 Plain = TypeVar("Plain", bound=nn.Module)
@@ -301,13 +301,17 @@ class ReplacementLayer(nn.Module):
         count = len(self._sources)
         self._sources, self._borrowed = Unregistered(*modules[:count]), Unregistered(*modules[count:])
 
-    def stand_in(self, model: nn.Module) -> bool:
+    def stand_in(self, model: nn.Module, paths: Mapping[int, str] | None = None) -> bool:
         """Take ``model`` for the one that holds this layer and what it runs on; from then on calls look for it there.
+
+        Args:
+            model: the one.
+            paths: its ``paths_of``, where many layers are asked.
 
         Returns:
             Whether ``model`` holds all of them. Where it does not, nothing is changed.
         """
-        paths = {id(module): path for path, module in model.named_modules()}
+        paths = paths_of(model) if paths is None else paths
         wanted = (self, *self.runs_on)
         if not self.runs_on or self is model or any(id(module) not in paths for module in wanted):
             return False

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from rl_kernels.nn.standing import paths_of
+
 if TYPE_CHECKING:
     from rl_kernels.nn.layer import ReplacementLayer
 
@@ -25,17 +27,17 @@ Way = str | None
 
 def record(layer: ReplacementLayer, destination: Any, prefix: str) -> None:
     """Write down on what ``layer`` runs, and warn of what the model that is saved does not hold."""
-    root = _caller(nn.Module.state_dict.__code__, lambda variables: variables.get("destination") is destination)
+    savers = _callers(nn.Module.state_dict.__code__, lambda variables: variables.get("destination") is destination)
     metadata = getattr(destination, "_metadata", None)
-    if root is None or root is layer or metadata is None or not layer.runs_on:
+    if not savers or savers[-1] is layer or metadata is None or not layer.runs_on:
         return
-    ways = _ways(layer, root)
+    ways = _ways(layer, savers)
     metadata.setdefault(prefix[:-1], {})[KEY] = ways
     missing = _missing(layer, ways)
     if missing:
         warnings.warn(
             f"state_dict: {prefix[:-1] or 'the layer'} ({type(layer).__name__}) runs on {missing} outside "
-            f"the {type(root).__name__} that is saved: what is loaded from this file will compute something else. "
+            f"the {type(savers[-1]).__name__} that is saved: what is loaded from this file will compute something else. "
             "rl_kernels.check(model) names all; rebind the layer, or rl_kernels.merge before the model is cut",
             stacklevel=2,
         )
@@ -43,11 +45,13 @@ def record(layer: ReplacementLayer, destination: Any, prefix: str) -> None:
 
 def compare(layer: ReplacementLayer, prefix: str, recorded: Any) -> str:
     """What stands against loading a layer that was saved with ``recorded``; empty where nothing does."""
-    root = _caller(nn.Module.load_state_dict.__code__, lambda variables: isinstance(variables.get("self"), nn.Module))
-    if recorded is None or root is None or root is layer or not layer.runs_on:
+    if recorded is None or not layer.runs_on:
+        return ""
+    loaders = _callers(nn.Module.load_state_dict.__code__, lambda variables: "self" in variables)
+    if not loaders or loaders[-1] is layer:
         return ""
     name = prefix[:-1] or "the layer"
-    ways = _ways(layer, root)
+    ways = _ways(layer, loaders)
     missing = _missing(layer, recorded)
     if missing:
         warnings.warn(
@@ -73,8 +77,12 @@ def _listed(ways: Sequence[Way]) -> str:
     return ", ".join(way or "something unknown" for way in ways)
 
 
-def _ways(layer: ReplacementLayer, root: nn.Module) -> tuple[Way, ...]:
-    paths = {id(module): path for path, module in root.named_modules()}
+def _ways(layer: ReplacementLayer, holders: Sequence[nn.Module]) -> tuple[Way, ...]:
+    """From ``layer`` to what it runs on, within the last of the modules that hold it."""
+    standing = layer._standing
+    if standing is not None and standing.is_within(holders) and standing.stands():
+        return tuple(_way(standing.path, other) for other in standing.paths)
+    paths = paths_of(holders[-1])
     own = paths.get(id(layer))
     if own is None:
         return (None,) * len(layer.runs_on)
@@ -90,15 +98,15 @@ def _way(path: str, other: str | None) -> Way:
     return "." * len(here) + ".".join(there)
 
 
-def _caller(code: CodeType, fits: Callable[[dict[str, Any]], bool]) -> nn.Module | None:
-    """The module whose method of that code is the outermost under way that ``fits``.
+def _callers(code: CodeType, fits: Callable[[dict[str, Any]], bool]) -> list[nn.Module]:
+    """The modules whose method of that code is under way and ``fits``, the outermost last.
 
     torch tells a module nothing of the model that it is saved or loaded with.
     """
-    found = None
+    found = []
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is code and fits(frame.f_locals):
-            found = frame.f_locals["self"]
+            found.append(frame.f_locals["self"])
         frame = frame.f_back  # type: ignore[assignment]
     return found

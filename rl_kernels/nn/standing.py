@@ -22,6 +22,11 @@ Step = tuple["weakref.ref[nn.Module]", str, nn.Module]
 """A module, the name of a child in it, and the child."""
 
 
+def paths_of(model: nn.Module) -> dict[int, str]:
+    """Where the modules of ``model`` stand, by their ids."""
+    return {id(module): path for path, module in model.named_modules()}
+
+
 class Standing:
     """The steps from a model to a replaced layer, and to each module that it runs on.
 
@@ -64,18 +69,24 @@ class Standing:
         made.unsettled = False
         return made
 
-    def holds(self) -> bool:
-        """Whether all stand where they stood: asked at every call.
-
-        Raises:
-            RuntimeError: adapters around a source that are neither merged nor disabled now.
-        """
+    def stands(self) -> bool:
+        """Whether all stand where they stood."""
         if self.unsettled:
             return False
         for reference, name, child in self._steps:
             parent = reference()
             if parent is None or parent._modules.get(name) is not child:
                 return False
+        return True
+
+    def holds(self) -> bool:
+        """``stands``, and that adapters around a source leave its weight as it is: asked at every call.
+
+        Raises:
+            RuntimeError: adapters that are neither merged nor disabled now.
+        """
+        if not self.stands():
+            return False
         for module, (reference, name, _) in self._adapted:
             parent = reference()
             assert parent is not None
@@ -92,6 +103,10 @@ class Standing:
             parent = reference()
             if parent is not None and parent._modules.get(name) is not module:
                 check_adapters(module, parent, name)
+
+    def is_within(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether one of ``modules`` holds the layer and all that it runs on, as far as is known."""
+        return any(reference() is module for reference in self.roots for module in modules)
 
     def root(self, layer: nn.Module) -> tuple[nn.Module, int] | None:
         """The outermost of the roots that still is, and still holds ``layer``; and its number."""
@@ -173,7 +188,7 @@ def found_again(standing: Standing, layer: ReplacementLayer) -> Standing | None:
         )
         return None
     root, depth = found
-    paths = {id(module): path for path, module in root.named_modules()}
+    paths = paths_of(root)
     modules, places = list(layer.runs_on), standing.seen_from(depth)
     for j, module in enumerate(modules):
         there = _at(root, places[j])
