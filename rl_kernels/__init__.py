@@ -2,7 +2,9 @@
 
 try:
     import torch as _torch  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "torch":  # One that is there and lacks something says so itself.
+        raise
     raise ImportError(
         "rl_kernels needs PyTorch, and never installs it: install the torch build for your machine"
     ) from error

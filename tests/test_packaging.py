@@ -78,6 +78,17 @@ def test_a_missing_torch_is_named_and_not_installed():
     assert re.search("^ImportError: rl_kernels needs PyTorch", found.stderr, re.MULTILINE), found.stderr
 
 
+@pytest.mark.parametrize("fault", ["ImportError('libcudnn.so.9: no such file')", "ModuleNotFoundError(name='sympy')"])
+def test_a_torch_that_does_not_load_says_why_itself(fault, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"raise {fault}\n")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import rl_kernels"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "needs PyTorch" not in found.stderr
+    assert found.stderr.splitlines()[-1].startswith(fault.partition("(")[0]), found.stderr
+
+
 def test_the_package_says_that_it_is_typed():
     assert resources.files(rl).joinpath("py.typed").is_file()
 

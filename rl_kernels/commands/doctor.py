@@ -18,6 +18,7 @@ from rl_kernels._tables import simple_table
 from rl_kernels.backends import Case, cpu, registered, services
 from rl_kernels.backends.cuda import extension as cuda_extension
 from rl_kernels.backends.selection import requested, use_backend, why_not
+from rl_kernels.conversion import check
 from rl_kernels.nn import ReplacementConv2d, ReplacementLinear
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -69,6 +70,7 @@ def _train(backend: str, device: str) -> Step:
         linears[1],
     ).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    check(model, optimizer)
     x, target = (torch.randn(shape, generator=generator).to(device) for shape in ((16, 8, 4, 4), (16, 128)))
     losses = []
     start = time.perf_counter()

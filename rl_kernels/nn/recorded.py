@@ -37,8 +37,8 @@ def record(layer: ReplacementLayer, destination: Any, prefix: str) -> None:
     if missing:
         warnings.warn(
             f"state_dict: {prefix[:-1] or 'the layer'} ({type(layer).__name__}) runs on {missing} outside "
-            f"the {type(savers[-1]).__name__} that is saved: what is loaded from this file will compute something else. "
-            "rl_kernels.check(model) names all; rebind the layer, or rl_kernels.merge before the model is cut",
+            f"the {type(savers[-1]).__name__} that is saved: what is loaded from this file will compute something "
+            "else. rl_kernels.check(model) names all; rebind the layer, or rl_kernels.merge before the model is cut",
             stacklevel=2,
         )
 

@@ -176,6 +176,7 @@ def train(
     train_labels, test_labels = (labels.to(like.device) for labels in (data.train_labels, data.test_labels))
 
     optimizer = make_optimizer(model, learning_rate, weight_decay)
+    rl.check(model, optimizer)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=epochs * steps_per_epoch(data, batch_size), pct_start=0.2
     )
