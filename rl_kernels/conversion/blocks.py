@@ -14,11 +14,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rl_kernels import nn as replacements
-from rl_kernels.nn import ReplacementLayer
+from rl_kernels.nn import ReplacementByForward, ReplacementLayer
 from rl_kernels.nn.adapters import full_class_name, full_name, has_adapters
 from rl_kernels.nn.foreign import foreign_class, foreign_kind
+from rl_kernels.nn.wrapped import why_not_wrapped
+
+Classes = tuple[type[nn.Module], ...]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_METHODS = ("forward", "_conv_forward")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -46,7 +50,7 @@ class Part:
     Attributes:
         path: relative to the block; empty where the block itself is the layer.
         module: the layer; None for a bare parameter.
-        kind: the class that can stand in for the layer; None where there is none.
+        kind: the class that stands in for the layer, or would if nothing spoke against it; None where there is none.
         inside: the modules around the layer, the block first.
         class_name: of the layer, or ``"Parameter"``.
         parameters: how many numbers it holds.
@@ -74,10 +78,15 @@ def stem(name: str) -> str | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a normalisation layer: one of torch's, or a leaf whose class is called so."""
+    """Whether ``module`` is a normalisation layer: one of torch's, or a single layer whose class is called so."""
     if isinstance(module, _NORMS) or torch_class(module) is not None:
         return isinstance(module, _NORMS)
-    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+    return "norm" in type(module).__name__.lower() and _is_single(module)
+
+
+def _is_single(module: nn.Module) -> bool:
+    """Whether no module in ``module`` has parameters: an activation may be there."""
+    return not any(True for child in module.children() for _ in child.parameters())
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -108,19 +117,28 @@ def replacement_for(layer: nn.Module) -> type[ReplacementLayer] | None:
     return None if source is None else _kinds().get(source) or foreign_kind(source)
 
 
-def why_kept(module: nn.Module, source: type[nn.Module]) -> str:
-    """Why a layer of the class ``source`` cannot be replaced; empty where it can."""
-    for method in ("forward", "_conv_forward"):
+def kind_of(module: nn.Module, asked: Classes = ()) -> tuple[type[ReplacementLayer] | None, str]:
+    """The class that stands in for a layer, and why it cannot be replaced, which is empty where it can.
+
+    Kernels of this package serve the layers of torch and others that compute the same. The forward of their own class
+    serves subclasses of them, norms of other libraries, and layers of the classes in ``asked``.
+    """
+    source = torch_class(module)
+    if source is None:
+        why, text = why_not_wrapped(module), f"it is {class_of(module).__name__} ({full_name(module)})"
+        if not why and (is_norm(module) or isinstance(module, asked)):
+            return ReplacementByForward, ""
+        return None, f"{text}, for which there is no replacement" + ("" if why else " unless its class is a target")
+    kind = replacement_for(module)
+    for method in _METHODS:
         if method in vars(module):
-            return f"it has a {method} of its own, set on this instance (as accelerate's hooks do)"
+            return kind, f"it has a {method} of its own, set on this instance (as accelerate's hooks do)"
+    for method in _METHODS:
         if getattr(type(module), method, None) is not getattr(source, method, None):
-            return f"{full_name(module)} has a {method} of its own"
-    reason = _why_not_mixed(module)
-    if reason or isinstance(module, nn.MultiheadAttention):
-        return reason
-    if module._parameters.get("weight") is None and not parametrize.is_parametrized(module, "weight"):
-        return "it has no parameter named weight"
-    return ""
+            why = why_not_wrapped(module)
+            text = f"{full_name(module)} has a {method} of its own, and {why}"
+            return (kind, text) if why else (ReplacementByForward, "")
+    return kind, _why_not_mixed(module)
 
 
 def _why_not_mixed(module: nn.Module) -> str:
@@ -131,54 +149,53 @@ def _why_not_mixed(module: nn.Module) -> str:
             return f"its {name} is quantised ({full_class_name(kind)})"
         if not parameter.is_floating_point():
             return f"its dtype is {parameter.dtype}, expected a real floating-point one"
-    return ""
+    if isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module, "weight"):
+        return ""
+    return "it has no parameter named weight" if module._parameters.get("weight") is None else ""
 
 
-def parts(module: nn.Module, inside: tuple[nn.Module, ...] = ()) -> Iterator[Part]:
+def parts(module: nn.Module, inside: tuple[nn.Module, ...] = (), asked: Classes = ()) -> Iterator[Part]:
     """The parts of a block in registration order. A module that the block has at two places is a part at the first."""
     seen: set[nn.Module] = set()
-    for part in _parts(module, "", inside):
+    for part in _parts(module, "", inside, asked):
         if part.module is None or part.module not in seen:
             yield part
         if part.module is not None:
             seen.add(part.module)
 
 
-def _parts(module: nn.Module, path: str, inside: tuple[nn.Module, ...]) -> Iterator[Part]:
-    source, name = torch_class(module), class_of(module).__name__
+def _parts(module: nn.Module, path: str, inside: tuple[nn.Module, ...], asked: Classes) -> Iterator[Part]:
+    name = class_of(module).__name__
     if has_adapters(module):
         # Mixed one by one, the weight and the adapters around it would give another sum than their sums mixed.
         yield Part(path, module, None, inside, name, count(module), f"it has adapters ({full_name(module)})")
         return
-    if source is not None:
-        if (size := count(module)) > 0:
-            yield Part(path, module, replacement_for(module), inside, name, size, why_kept(module, source))
-        return
-    children = [(child_name, child) for child_name, child in module._modules.items() if child is not None]
     bare = [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
-    if bare and not children:
-        reason = f"it is {name} ({full_name(module)}), for which there is no replacement"
-        yield Part(path, module, None, inside, name, sum(p.numel() for _, p in bare), reason)
+    if torch_class(module) is not None or (bare and _is_single(module)):
+        if (size := count(module)) > 0:
+            kind, reason = kind_of(module, asked)
+            yield Part(path, module, kind, inside, name, size, reason)
         return
     for parameter_name, parameter in bare:
         place = join(path, parameter_name)
         yield Part(place, None, None, (*inside, module), "Parameter", parameter.numel(), "a parameter of no layer")
-    for child_name, child in children:
-        yield from _parts(child, join(path, child_name), (*inside, module))
+    for child_name, child in module._modules.items():
+        if child is not None:
+            yield from _parts(child, join(path, child_name), (*inside, module), asked)
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    return torch_class(module) is not None
+def _is_leaf(module: nn.Module, asked: Classes) -> bool:
+    return torch_class(module) is not None or (isinstance(module, asked) and _is_single(module))
 
 
-def _layers(module: nn.Module) -> Iterator[Part]:
+def _layers(module: nn.Module, asked: Classes) -> Iterator[Part]:
     """The layers of ``module`` but its norms, whether they can be replaced or not."""
-    return (part for part in parts(module) if part.module is not None and not is_norm(part.module))
+    return (part for part in parts(module, asked=asked) if part.module is not None and not is_norm(part.module))
 
 
-def _can_be_block(module: nn.Module) -> bool:
+def _can_be_block(module: nn.Module, asked: Classes) -> bool:
     """Whether ``module`` holds, or is, a layer with a matrix that can be replaced."""
-    return any(not part.why_kept for part in _layers(module))
+    return any(not part.why_kept for part in _layers(module, asked))
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -197,9 +214,10 @@ class _Search:
     With ``any_layer`` a block may hold layers of which none can be replaced.
     """
 
-    def __init__(self, model: nn.Module, leaves: bool, any_layer: bool = False):
+    def __init__(self, model: nn.Module, leaves: bool, asked: Classes, any_layer: bool = False):
         self.model = model
         self.leaves = leaves
+        self.asked = asked
         self.any_layer = any_layer
         self.known: set[type[nn.Module]] = set()
 
@@ -218,7 +236,7 @@ class _Search:
             place = join(path, name)
             if name in stages:
                 yield Block(place, child, join(path, stages[name]))
-            elif not _is_leaf(child):
+            elif not _is_leaf(child, self.asked):
                 yield from self._walk(child, place)
 
     def _stages(self, module: nn.Module) -> dict[str, str]:
@@ -249,7 +267,7 @@ class _Search:
 
     def _holds_stage(self, module: nn.Module) -> bool:
         inside = Counter(block.stage for block in self._walk(module, ""))
-        layers = _Search(module, leaves=True, any_layer=self.any_layer)
+        layers = _Search(module, True, self.asked, self.any_layer)
         bare = type(module) in CONTAINERS and bool(layers._block_classes(module))
         return bare or any(blocks > 2 for blocks in inside.values())
 
@@ -267,15 +285,15 @@ class _Search:
         return self._may_be(child) and self._may_be(following)
 
     def _may_be(self, module: nn.Module) -> bool:
-        can_be = any(True for _ in _layers(module)) if self.any_layer else _can_be_block(module)
+        can_be = any(not part.why_kept or self.any_layer for part in _layers(module, self.asked))
         if self.leaves:
-            return _is_leaf(module) and can_be
+            return _is_leaf(module, self.asked) and can_be
         # A bare container of blocks is a stage even where it stands among its likes.
         is_stage = type(module) in CONTAINERS and bool(self._block_classes(module))
-        return not _is_leaf(module) and not is_stage and can_be
+        return not _is_leaf(module, self.asked) and not is_stage and can_be
 
 
-def composite_blocks(model: nn.Module) -> list[Block]:
+def composite_blocks(model: nn.Module, asked: Classes = ()) -> list[Block]:
     """The blocks made of several layers, in the order in which the model registers them.
 
     A container (``nn.Sequential``, ``nn.ModuleList``) is a stage where two adjacent children have one class and equal
@@ -284,38 +302,39 @@ def composite_blocks(model: nn.Module) -> list[Block]:
     ``block1``, ...) of any other module, where three in a row are alike and hold no stage themselves. Stages are not
     searched inside a block. Children without parameters and norms do not count.
     """
-    return _Search(model, leaves=False).run()
+    return _Search(model, False, asked).run()
 
 
-def leaf_blocks(model: nn.Module) -> list[Block]:
+def leaf_blocks(model: nn.Module, asked: Classes = ()) -> list[Block]:
     """The layers that stand in a container as blocks do: ``nn.Linear`` in an ``nn.Sequential``, for instance.
 
     Stages are containers, ``nn.Sequential`` or ``nn.ModuleList``, as in ``composite_blocks``. Composite blocks are not
     searched.
     """
-    blocks = composite_blocks(model)
-    return [leaf for leaf in _Search(model, leaves=True).run() if not any(_within(leaf, block) for block in blocks)]
+    blocks = composite_blocks(model, asked)
+    return [leaf for leaf in _Search(model, True, asked).run() if not any(_within(leaf, block) for block in blocks)]
 
 
 def _within(leaf: Block, block: Block) -> bool:
     return leaf.path.startswith(block.path + ".")
 
 
-def leaf_layers(model: nn.Module) -> list[Block]:
+def leaf_layers(model: nn.Module, asked: Classes = ()) -> list[Block]:
     """All single layers with a matrix that can be replaced, wherever they are, in registration order."""
-    found = (part for part in _layers(model) if not part.why_kept)
+    found = (part for part in _layers(model, asked) if not part.why_kept)
     return [Block(part.path, part.module, inside=part.inside) for part in found if part.module is not None]
 
 
-def obstinate_layers(model: nn.Module) -> list[tuple[str, Part]]:
+def obstinate_layers(model: nn.Module, asked: Classes = ()) -> list[tuple[str, Part]]:
     """The layers that cannot be replaced, norms left out, each after the path of its block, or "" for none.
 
     First those of what would be a block if they could be, then others.
     """
-    blocks = [block for block in _Search(model, leaves=False, any_layer=True).run() if not _can_be_block(block.module)]
-    found = [(block.path, part) for block in blocks for part in _layers(block.module)]
+    candidates = _Search(model, False, asked, any_layer=True).run()
+    blocks = [block for block in candidates if not _can_be_block(block.module, asked)]
+    found = [(block.path, part) for block in blocks for part in _layers(block.module, asked)]
     seen = {id(part.module) for _, part in found}
-    return found + [("", part) for part in _layers(model) if part.why_kept and id(part.module) not in seen]
+    return found + [("", part) for part in _layers(model, asked) if part.why_kept and id(part.module) not in seen]
 
 
 class Sharing:

@@ -50,7 +50,9 @@ def plan(
             ``"attention"`` (``nn.MultiheadAttention``, and the linear layers of modules called so), ``"mlp"`` (linear
             layers outside attention, and the layers of modules called so), ``"conv"``, ``"linear"``, ``"norm"``; a
             class of layers, or of modules that hold them; a function of a layer's path and the layer. None for every
-            layer that can be replaced. Only what is replaced needs neighbours of its shape.
+            layer that can be replaced. Only what is replaced needs neighbours of its shape. A layer without a kernel
+            of this package runs by its class's own forward (``rl_kernels.nn.ReplacementByForward``), which stores a
+            mixed matrix: norms do so, and subclasses of torch's layers, and others where their class is a target.
         offset: number of the block, counted from 1, at which the first replacement falls due; ``every`` by default.
         strict: a block that is due and cannot be replaced is skipped, and the next falls due ``every`` blocks later.
         level: ``"block"``; ``"layer"``: every linear, convolution and attention layer that is a target counts as a
@@ -91,7 +93,7 @@ def plan(
     one_of("level", level, get_args(Level))
     one_of("optimizer", optimizer, STATES)
     options = Options(cast(Any, init), constraint, granularity, cast(Any, detach), share, norms)
-    chosen = Targets(targets, norms)
+    chosen = Targets(targets, norms, granularity)
 
     walked, slots = find(model, chosen, level)
     parameter_bytes, trainable_bytes = bytes_of(model.parameters())

@@ -38,12 +38,23 @@ _FORMAT = 3
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer to be replaced: its path in the block (empty where it is the block), class and parameter shapes."""
+    """A layer to be replaced.
+
+    Attributes:
+        path: in the block; empty where it is the block.
+        class_name: of the layer.
+        shapes: of its parameters.
+        coefficients: how many numbers are learned in place of them, if it shares them with no other layer.
+        kind: the class that takes its place; empty in plans of older formats, which know one for each class.
+        stored: how many numbers of the mix are stored while it runs: 0 where a kernel synthesises it.
+    """
 
     path: str
     class_name: str
     shapes: dict[str, tuple[int, ...]]
     coefficients: int
+    kind: str = ""
+    stored: int = 0
 
     @property
     def parameters(self) -> int:
@@ -381,8 +392,21 @@ def _totals(plan: Plan) -> Text:
     return Text(
         f"{len(plan.replaced)} of {plan.blocks} {plan.level}s replaced; {', '.join(details)}.\n"
         f"Parameters: {plan.parameters:,} -> {plan.parameters_after:,} "
-        f"({plan.saved:,} saved, {100 * plan.saved / plan.parameters:.1f} %)" + (assumed if plan.bytes_assumed else "")
+        f"({plan.saved:,} saved, {100 * plan.saved / plan.parameters:.1f} %)"
+        + (assumed if plan.bytes_assumed else "")
+        + "".join(f"\n{line}" for line in _stored(plan))
     )
+
+
+def _stored(plan: Plan) -> list[str]:
+    """What is said of layers whose mix is stored while they run."""
+    largest: dict[str, int] = defaultdict(int)
+    for layer in (layer for block in plan.replaced for layer in block.layers if layer.stored):
+        largest[layer.class_name] = max(largest[layer.class_name], layer.stored)
+    return [
+        f"A {name} runs its own forward: its mix, {numbers:,} numbers at most, is stored for it and for backward."
+        for name, numbers in largest.items()
+    ]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,14 +14,14 @@ from rl_kernels.conversion.blocks import (
     check_plain,
     class_of,
     join,
+    kind_of,
     replacement_for,
-    torch_class,
-    why_kept,
 )
 from rl_kernels.conversion.carrying import carry, what_would_be_lost
 from rl_kernels.conversion.options import Options
 from rl_kernels.conversion.plans import Plan, PlannedLayer, ReplacedBlock
 from rl_kernels.nn import ReplacementLayer
+from rl_kernels.nn.adapters import full_name
 from rl_kernels.nn.coefficients import Init, initial_coefficients
 from rl_kernels.nn.standing import paths_of
 
@@ -85,15 +85,18 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
     shapes = {name: tuple(parameter.shape) for name, parameter in own.named_parameters()}
     if shapes != layer.shapes:
         raise ValueError(f"model: got shapes {shapes} at {path}, expected {layer.shapes} as in the plan")
-    kind = replacement_for(own)
-    if kind is None:
-        raise ValueError(f"model: got {layer.class_name} at {path}, for which there is no replacement")
     sources = tuple(_layer(model, where) for where in source_paths)
     for where, module in zip((path, *source_paths), (own, *sources), strict=True):
-        source = torch_class(module)
-        reason = why_kept(module, source) if source is not None else ""
-        if reason:
+        found, reason = kind_of(module, (class_of(own),))
+        if found is not None and reason:
             raise ValueError(f"model: got a layer at {where} that cannot be mixed: {reason}")
+    kind, _ = kind_of(own, (class_of(own),))
+    if kind is None:
+        raise ValueError(f"model: got {layer.class_name} at {path}, for which there is no replacement")
+    known = replacement_for(own)
+    planned = layer.kind or ("" if known is None else known.__name__)
+    if kind.__name__ != planned:  # A namesake.
+        raise ValueError(f"model: got {full_name(own)} at {path}, expected a layer for {planned} as in the plan")
     try:
         kind.check_sources([*sources, own])
     except (TypeError, ValueError) as error:

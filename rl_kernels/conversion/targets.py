@@ -58,14 +58,16 @@ class Targets:
             layers, or of modules that hold them; a function of a layer's path in the model and the layer, True where
             it is to be replaced.
         norms: ``"mixed"`` or ``"own"``.
+        granularity: ``"scalar"`` or ``"channel"``.
 
     Raises:
         ValueError: an unknown name, nothing at all, or ``"norm"`` together with ``norms="own"``.
         TypeError: something else than a name, a class or a function.
     """
 
-    def __init__(self, targets: Target | Sequence[Target] | None, norms: str):
+    def __init__(self, targets: Target | Sequence[Target] | None, norms: str, granularity: str):
         self.norms = norms
+        self.granularity = granularity
         self.targets: tuple[Target, ...] = ()
         if targets is not None:
             single = isinstance(targets, str) or not isinstance(targets, Sequence)
@@ -89,16 +91,30 @@ class Targets:
             target if isinstance(target, str) else getattr(target, "__name__", repr(target)) for target in self.targets
         )
 
+    @property
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        """The targets that are classes."""
+        return tuple(target for target in self.targets if isinstance(target, type))
+
     def wants(self, block: str, part: Part) -> bool:
         """Whether ``part`` of the block at path ``block`` is to be replaced, if it can."""
-        if part.module is None or (self.norms == "own" and _norm(part)):
-            return False
-        return not self.targets or any(self._matches(target, block, part) for target in self.targets)
+        return not self.why_unwanted(block, part)
+
+    def why_unwanted(self, block: str, part: Part) -> str:
+        """Why ``part`` of the block at path ``block`` is not to be replaced, if it can; empty where it is."""
+        if self.norms == "own" and _norm(part):
+            return "norms='own'"
+        if self.targets and not any(self._matches(target, block, part) for target in self.targets):
+            return "not a target"
+        if self.granularity == "channel" and part.module is not None and part.kind is not None:
+            why = part.kind.why_not_by_channel(part.module)
+            return f"granularity='channel': {why}" if why else ""
+        return ""
 
     def may_want(self, block: str, part: Part) -> bool:
         """As ``wants``, for a part that cannot be replaced: a caller's function is not asked about such."""
         asked = [target for target in self.targets if isinstance(target, (str, type))]
-        if part.module is None or (self.norms == "own" and _norm(part)):
+        if self.norms == "own" and _norm(part):
             return False
         return len(asked) < len(self.targets) or self.wants(block, part)
 

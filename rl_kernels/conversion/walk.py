@@ -16,15 +16,14 @@ from rl_kernels.conversion.blocks import (
     Sharing,
     class_of,
     composite_blocks,
-    is_norm,
     join,
+    kind_of,
     leaf_blocks,
     leaf_layers,
     obstinate_layers,
     parts,
     stem,
     torch_class,
-    why_kept,
 )
 from rl_kernels.conversion.memory import bytes_of
 from rl_kernels.conversion.options import Level, Options
@@ -37,7 +36,9 @@ from rl_kernels.conversion.plans import (
     Stage,
 )
 from rl_kernels.conversion.targets import Targets
+from rl_kernels.nn import ReplacementByForward
 from rl_kernels.nn.adapters import full_name, has_adapters
+from rl_kernels.nn.wrapped import numbers_stored
 from rl_kernels.ops.mix import accumulate_dtype
 
 
@@ -79,8 +80,8 @@ def find(model: nn.Module, targets: Targets, level: Level) -> tuple[Literal["blo
 
 def _walks(model: nn.Module, targets: Targets, level: Level) -> Iterator[tuple[Literal["block", "layer"], list[Slot]]]:
     if level != "layer":
-        yield "block", _slots(composite_blocks(model), model, targets)
-        yield "block", _slots(leaf_blocks(model), model, targets)
+        yield "block", _slots(composite_blocks(model, targets.classes), model, targets)
+        yield "block", _slots(leaf_blocks(model, targets.classes), model, targets)
     if level != "block":
         yield "layer", _layer_slots(model, targets, level)
 
@@ -116,7 +117,7 @@ def _edge(slot: Slot, blocks: Sequence[Block]) -> Obstacle | None:
 
 def _layer_slots(model: nn.Module, targets: Targets, level: Level) -> list[Slot]:
     sharing = Sharing(model)
-    found = [_slot(block, targets, sharing) for block in leaf_layers(model)]
+    found = [_slot(block, targets, sharing) for block in leaf_layers(model, targets.classes)]
     slots = [slot for slot in found if slot.obstacle is None or slot.obstacle.reason != "nothing to replace"]
     chains: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
@@ -154,17 +155,16 @@ def _are_siblings(layer: Block, other: Block) -> bool:
 def _kind_of_layer(layer: nn.Module) -> str:
     """Layers of one kind are one another's neighbours. A 1x1 shortcut between two 3x3 convolutions is another kind."""
     kernel = getattr(layer, "kernel_size", ())
-    source = torch_class(layer)
+    # What runs by its own forward has neighbours of its own class only; of others a subclass counts as its base.
+    source = class_of(layer) if kind_of(layer, (class_of(layer),))[0] is ReplacementByForward else torch_class(layer)
     assert source is not None
     return f"{'x'.join(map(str, kernel))} {source.__name__}".strip()
 
 
 def _slot(block: Block, targets: Targets, sharing: Sharing) -> Slot:
     wanted, kept, shared = [], [], []
-    for part in parts(block.module, block.inside):
-        why = part.why_kept
-        if not why and not targets.wants(block.path, part):
-            why = _why_unwanted(part, targets)
+    for part in parts(block.module, block.inside, targets.classes):
+        why = part.why_kept or targets.why_unwanted(block.path, part)
         if not why and part.module is not None:
             elsewhere = sharing.elsewhere(join(block.path, part.path), part.module)
             if elsewhere:
@@ -177,7 +177,9 @@ def _slot(block: Block, targets: Targets, sharing: Sharing) -> Slot:
     slot = Slot(block, wanted, kept)
     slot.obstacle = _shared(block, wanted or shared, sharing)
     if not wanted and not shared:
-        slot.obstacle = Obstacle("nothing to replace", f"no target in {class_of(block.module).__name__}")
+        # A layer that is a target all the same has a reason of its own.
+        own = next((part.reason for part in kept if part.reason.startswith("granularity")), "")
+        slot.obstacle = Obstacle("nothing to replace", own or f"no target in {class_of(block.module).__name__}")
     return slot
 
 
@@ -188,12 +190,6 @@ def _shared(block: Block, wanted: Sequence[Part], sharing: Sharing) -> Obstacle 
         if elsewhere:
             return Obstacle("shared parameters", elsewhere)
     return None
-
-
-def _why_unwanted(part: Part, targets: Targets) -> str:
-    if targets.norms == "own" and part.module is not None and is_norm(part.module):
-        return "norms='own'"
-    return "not a target"
 
 
 def _mismatch(slot: Slot) -> Obstacle | None:
@@ -219,11 +215,11 @@ def _difference(part: Part, block: Block, neighbour: Block) -> str:
         return f"{path} has adapters ({full_name(found)})"
     if torch_class(found) is not torch_class(part.module):
         return f"{path} is {class_of(found).__name__}, {join(block.path, part.path)} {part.class_name}"
-    source = torch_class(found)
-    assert source is not None
-    reason = why_kept(found, source)
+    kind, reason = kind_of(found, (class_of(part.module),))
     if reason:
         return f"{path} cannot be mixed: {reason}"
+    if kind is not part.kind:
+        return f"{path} is {full_name(found)}, {join(block.path, part.path)} {full_name(part.module)}"
     mine, theirs = part.kind.signature(part.module), part.kind.signature(found)
     for key in mine | theirs:
         if mine.get(key) != theirs.get(key):
@@ -269,7 +265,8 @@ def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
         assert part.module is not None and part.kind is not None
         shapes = {name: tuple(parameter.shape) for name, parameter in part.module.named_parameters()}
         channels = part.kind.out_channels_of(part.module) if options.granularity == "channel" else 1
-        layers.append(PlannedLayer(part.path, part.class_name, shapes, 2 * channels))
+        stored = numbers_stored(part.module) if part.kind is ReplacementByForward else 0
+        layers.append(PlannedLayer(part.path, part.class_name, shapes, 2 * channels, part.kind.__name__, stored))
     size, trainable = bytes_of(parameter for module in modules for parameter in module.parameters())
     whole = options.share == "block"
     learned = [(modules, 2)] if whole else [([modules[i]], layer.coefficients) for i, layer in enumerate(layers)]
@@ -321,7 +318,7 @@ def called(path: str) -> str:
 
 def _nothing(model: nn.Module, targets: Targets, level: Level, slots: Sequence[Slot]) -> ValueError:
     name = type(model).__name__
-    kept = [(block, part) for block, part in obstinate_layers(model) if targets.may_want(block, part)]
+    kept = [(block, part) for block, part in obstinate_layers(model, targets.classes) if targets.may_want(block, part)]
     # What stands in no block and has a class without a replacement comes last: many models have an embedding.
     near = [_sentence(block, part) for block, part in kept if block or part.kind is not None]
     far = [_sentence(block, part) for block, part in kept if not block and part.kind is None]

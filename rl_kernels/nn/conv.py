@@ -113,16 +113,9 @@ class _ReplacementConvTranspose(_ReplacementConv):
         self.output_padding: tuple[int, ...] = settings.output_padding
 
     @classmethod
-    def out_channels_of(cls, source: nn.Module) -> int:  # noqa: ARG003
-        """None: a coefficient per output channel is refused.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "granularity: got 'channel', expected 'scalar' for a transposed convolution: the output channels of its "
-            "weight are not the first dimension, by which the kernels mix"
-        )
+    def why_not_by_channel(cls, source: nn.Module) -> str:  # noqa: ARG003
+        """The kernels mix by the first dimension of a weight, here the input channels."""
+        return "its output channels are not the first dimension of its weight, by which the kernels mix"
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The transposed convolution with the mixed weight and bias.

@@ -168,7 +168,12 @@ class ReplacementLayer(nn.Module):
         self.training = sources[0].training if own is None else own.training
 
     def _make_coefficients(self, own: nn.Module | None, init: Init, constraint: Constraint) -> Coefficients:
-        out = self.out_channels_of(self._sources[0]) if self.granularity == "channel" else None
+        out = None
+        if self.granularity == "channel":
+            if why := self.why_not_by_channel(self._sources[0]):
+                got = full_name(self._sources[0])
+                raise ValueError(f"granularity: got 'channel', expected 'scalar' for {got}: {why}")
+            out = self.out_channels_of(self._sources[0])
         pairs = self._pairs_to_fit(own) if own is not None and isinstance(init, str) else []
         values = initial_coefficients(init, len(self._sources), out, constraint, pairs)
         weight = self.main_weight(self._sources[0])
@@ -206,6 +211,11 @@ class ReplacementLayer(nn.Module):
         weight = source.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @classmethod
+    def why_not_by_channel(cls, source: nn.Module) -> str:  # noqa: ARG003
+        """Why granularity ``"channel"`` is refused for layers like ``source``; empty where it is served."""
+        return ""
 
     @classmethod
     def out_channels_of(cls, source: nn.Module) -> int:

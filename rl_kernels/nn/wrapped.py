@@ -68,19 +68,10 @@ class ReplacementByForward(ReplacementLayer):
         return max(_parameters(source).values(), key=lambda parameter: parameter.dim())
 
     @classmethod
-    def out_channels_of(cls, source: nn.Module) -> int:
-        """The first dimension of every parameter.
-
-        Raises:
-            ValueError: they differ in it.
-        """
+    def why_not_by_channel(cls, source: nn.Module) -> str:
+        """All parameters must share their first dimension."""
         sizes = {tuple(parameter.shape[:1]) for parameter in _parameters(source).values()}
-        if len(sizes) > 1 or () in sizes:
-            raise ValueError(
-                f"granularity: got 'channel', expected 'scalar' for {full_name(source)}, whose parameters do not share "
-                "their first dimension"
-            )
-        return cls.main_weight(source).shape[0]
+        return "its parameters do not share their first dimension" if len(sizes) > 1 or () in sizes else ""
 
     @classmethod
     def fit_pairs(cls, own: nn.Module, sources: Sequence[nn.Module]) -> list[tuple[Tensor, list[Tensor]]]:

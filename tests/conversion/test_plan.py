@@ -272,13 +272,15 @@ def test_what_has_no_replacement_stays_own():
     model = ViT(5)
     for block in model.blocks:
         block.norm1, block.norm2 = Doubled(8), Scale()
+        block.norm1.inner = nn.Linear(8, 8)
         block.mlp[0].forward = block.mlp[0].forward
         prune.random_unstructured(block.mlp[2], "weight", 0.5)
     plan = rl.plan(model)
     assert layers(plan) == ["attn"]
     reasons = own(plan)
-    assert reasons["norm1"].endswith("Doubled has a forward of its own")
-    assert reasons["norm2"].startswith("it is Scale (") and reasons["norm2"].endswith("there is no replacement")
+    assert reasons["norm1"].endswith("Doubled has a forward of its own, and modules in it have parameters")
+    assert reasons["norm2"].startswith("it is Scale (")
+    assert reasons["norm2"].endswith("there is no replacement unless its class is a target")
     assert "forward of its own" in reasons["mlp.0"]
     assert reasons["mlp.2"] == "it has no parameter named weight"
 
@@ -286,11 +288,15 @@ def test_what_has_no_replacement_stays_own():
 def test_a_neighbour_that_cannot_be_mixed_is_named():
     model = ViT(6)
     model.blocks[2].norm2 = nn.LayerNorm(8, elementwise_affine=False)
-    model.blocks[4].norm1 = Doubled(8)
-    plan = rl.plan(model, every=2, offset=5)
-    assert own(plan)["norm1"].endswith("Doubled has a forward of its own")
     plan = rl.plan(model, every=2)
     assert plan.skipped[0].detail == "blocks.2.norm2 cannot be mixed: it has no parameter named weight"
+    model = ViT(8)
+    model.blocks[4].norm1 = Doubled(8)
+    skipped = rl.plan(model, offset=4).skipped[0]
+    assert skipped.detail.startswith("blocks.4.norm1 is tests.conversion.test_plan.Doubled, blocks.3.norm1 torch.nn.")
+    model.blocks[4].norm1.inner = nn.Linear(8, 8)
+    skipped = rl.plan(model, offset=4).skipped[0]
+    assert skipped.detail.endswith("Doubled has a forward of its own, and modules in it have parameters")
 
 
 def test_norms_alone_are_replaced_only_when_asked_for():

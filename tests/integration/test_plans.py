@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rl_kernels as rl
-from rl_kernels.conversion.zoo import build, import_timm
+from rl_kernels.conversion.zoo import build, import_timm, import_transformers
 from tests.conversion.common import coefficients_of
 from tests.conversion.toys import image
 
@@ -20,7 +20,7 @@ def test_the_blocks_of_coat_share_their_position_encodings():
     assert plan.level == "block"
     block = next(block for block in plan.replaced if block.path.startswith("parallel_blocks"))
     expected = [f"factoratt_crpe{i}.{name}" for i in (2, 3, 4) for name in ("qkv", "proj")]
-    assert [layer.path for layer in block.layers] == expected
+    assert [layer.path for layer in block.layers if layer.class_name == "Linear"] == expected
     reasons = {part.path: part.reason for part in block.kept}
     assert reasons["factoratt_crpe2.crpe.conv_list.0"] == "shared with crpe2.conv_list.0"
     assert reasons["mlp2.fc1"] == f"shared with {block.path}.mlp3.fc1"  # One for the three scales of a block.
@@ -29,18 +29,41 @@ def test_the_blocks_of_coat_share_their_position_encodings():
     assert all(module.coefficients.grad is not None for module in coefficients_of(model, plan).values())
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("timm/resnetv2_50x1_bit", r"\.conv: timm\.layers\.std_conv\.StdConv2d has a forward of its own;"),
-        ("timm/nf_resnet50", r"\.conv: timm\.layers\.std_conv\.ScaledStdConv2d has a forward of its own;"),
-        ("falcon", r"\(h\.0\.self_attention\.query_key_value: transformers\..*\.FalconLinear has a forward of its own"),
-        ("albert", r"key: siblings \(.*query is beside it in AlbertAttention, not known to be before or after it\)"),
-    ],
-)
-def test_the_error_names_the_blocks_layers(name, reason):
+def test_the_error_names_the_blocks_layers():
+    reason = r"key: siblings \(.*query is beside it in AlbertAttention, not known to be before or after it\)"
     with pytest.raises(ValueError, match=rf"in which nothing can be replaced .*{reason}"):
-        rl.plan(build(name))
+        rl.plan(build("albert"))
+
+
+def _falcon() -> nn.Module:
+    transformers = import_transformers()
+    config = transformers.FalconConfig(vocab_size=16, hidden_size=32, num_hidden_layers=5, num_attention_heads=4)
+    return transformers.FalconModel(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "classes"),
+    [
+        (lambda: import_timm().create_model("resnetv2_50x1_bit"), {"StdConv2d", "GroupNormAct"}),
+        (lambda: import_timm().create_model("nf_resnet50"), {"ScaledStdConv2d"}),
+        (_falcon, {"FalconLinear", "LayerNorm"}),
+    ],
+    ids=["BiT", "NF-ResNet", "Falcon"],
+)
+def test_layers_with_a_forward_of_their_own(make, classes):
+    model = make()
+    plan = rl.plan(model, every=2)
+    layers = [layer for block in plan.replaced for layer in block.layers]
+    assert {layer.class_name for layer in layers} == classes
+    assert all((layer.stored > 0) == (layer.class_name.endswith(("Conv2d", "Linear"))) for layer in layers)
+    x = torch.randint(16, (2, 5)) if "FalconLinear" in classes else image(2, 32, torch.float32)
+    before = [type(module) for module in model.modules()]
+    rl.replace(model, plan).eval()
+    out = model(x)[0]  # Of transformers' outputs the hidden state.
+    out.square().sum().backward()
+    assert all(torch.isfinite(module.coefficients.grad).all() for module in coefficients_of(model, plan).values())
+    assert [type(module) for module in rl.merge(model).modules()] == before
+    torch.testing.assert_close(model(x)[0], out, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dispatched_model_says_so():

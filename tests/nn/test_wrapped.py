@@ -385,7 +385,7 @@ def test_sources_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"own: got bias None, expected \(6,\)"):
         ReplacementByForward([TheirLinear(6)], own=TheirLinear(6, bias=False))
     with pytest.raises(
-        ValueError, match=r"granularity: got 'channel', expected 'scalar' for .*TheirLinear, whose param"
+        ValueError, match=r"granularity: got 'channel', expected 'scalar' for .*TheirLinear: its parameters"
     ):
         ReplacementByForward([TheirLinear(6)], granularity="channel")
     with pytest.raises(TypeError, match=r"sources\[0\]: got int; expected a plain layer"):
