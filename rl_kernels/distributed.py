@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_module
 from torch.distributed.tensor import parallel as torchs
 
@@ -30,6 +30,9 @@ def shard(
     itself are gathered for themselves only. So a replaced layer, its sources and whatever holds its coefficients belong
     together, and what shares a member belongs together too: a *chain*. Each chain becomes one ``fully_shard`` group,
     each of ``units`` outside the chains another, and what is left over becomes the model's own.
+
+    Parameters of a group have one dtype. Coefficients are float32 beside half precision, whether the model is stored in
+    it or ``mp_policy`` gathers it so: they are one group then, which stays gathered from forward to backward.
 
     Args:
         model: after ``replace`` and, where its layers are parallel too, ``parallelize_module``; before the optimizer
@@ -62,6 +65,7 @@ def shard(
     members = {member for chain in chains for member in chain}
     inner, outer = _sorted_units(tree, units, members, linked)
     # From the inside out: a group takes the parameters that no earlier one has.
+    _shard_coefficients(tree, fully_shard_options)
     for unit in inner:
         fully_shard(unit, **fully_shard_options)
     for chain in chains:
@@ -70,6 +74,24 @@ def shard(
         fully_shard(unit, **fully_shard_options)
     fully_shard(model, **fully_shard_options)
     return model
+
+
+def _shard_coefficients(tree: _Tree, options: dict[str, Any]) -> None:
+    """Make a group of all coefficients where the rest of the model is gathered in another dtype."""
+    found = [module for module in tree.paths if isinstance(module, Coefficients)]
+    own = {parameter for module in found for parameter in module.parameters()}
+    rest = {p.dtype for module in tree.paths for p in module._parameters.values() if p is not None and p not in own}
+    gathered_as = getattr(options.get("mp_policy"), "param_dtype", None)
+    if {parameter.dtype for parameter in own} >= (rest if gathered_as is None else {gathered_as}):
+        return
+    for module in found:
+        module.register_forward_hook(_copied)
+    fully_shard(found, **{**options, "mp_policy": MixedPrecisionPolicy(), "reshard_after_forward": False})
+
+
+def _copied(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+    """A tensor of this call: on the parameter itself FSDP2's hooks would pile up call by call."""
+    return output.clone()
 
 
 class _Tree:

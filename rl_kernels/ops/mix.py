@@ -36,9 +36,16 @@ def mix(sources: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype | No
     """
     compute = accumulate_dtype(sources[0].dtype)
     first, *rest = factors(coefficients.to(compute), sources[0].dim())
-    total = sources[0].to(compute) * first
-    for source, factor in zip(sources[1:], rest, strict=True):
-        total = total + source.to(compute) * factor
+    try:
+        total = sources[0].to(compute) * first
+        for source, factor in zip(sources[1:], rest, strict=True):
+            total = total + source.to(compute) * factor
+    except NotImplementedError as error:  # What torchao's quantised tensors, and other subclasses, say.
+        got = ", ".join(dict.fromkeys(f"{type(t).__module__}.{type(t).__qualname__}" for t in sources))
+        raise NotImplementedError(
+            f"weights: got {got}, of which one cannot be mixed ({error}); expected plain weights: "
+            "call rl_kernels.merge before a model is quantised"
+        ) from error
     return total.to(dtype or sources[0].dtype)
 
 
