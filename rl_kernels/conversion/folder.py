@@ -62,7 +62,7 @@ def exchanged(folder: Path) -> Iterator[Path]:
         _move(folder, temporary)
     except (OSError, safetensors("safetensors").SafetensorError) as error:
         lost = temporary is not None and _holds_files(temporary / _BEFORE)
-        state = f"what it held is in {temporary}" if lost else "it holds what it held before"
+        state = f"what it held is in {temporary / _BEFORE}" if lost else "it holds what it held before"
         raise OSError(f"folder: {folder} could not be written, and {state}: {error}") from error
     finally:
         # What could not be put back is all that is left of the older save.
@@ -171,7 +171,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     if not path.is_file():
-        broken = next((found.parent for found in folder.glob(f"{_TEMPORARY}*/{_BEFORE}") if _holds_files(found)), None)
+        broken = next((found for found in folder.glob(f"{_TEMPORARY}*/{_BEFORE}") if _holds_files(found)), None)
         where = "" if broken is None else f" (a save was cut short there: {broken} holds what was there before)"
         raise FileNotFoundError(
             f"folder: got {folder} without {RECORD}{where}, expected what rl_kernels.save_pretrained wrote"
