@@ -61,8 +61,9 @@ def exchanged(folder: Path) -> Iterator[Path]:
         yield temporary
         _move(folder, temporary)
     except (OSError, safetensors("safetensors").SafetensorError) as error:
-        lost = temporary is not None and _holds_files(temporary / _BEFORE)
-        state = f"what it held is in {temporary / _BEFORE}" if lost else "it holds what it held before"
+        state = "it holds what it held before"
+        if temporary is not None and _holds_files(temporary / _BEFORE):
+            state = f"what it held is in {temporary / _BEFORE}"
         raise OSError(f"folder: {folder} could not be written, and {state}: {error}") from error
     finally:
         # What could not be put back is all that is left of the older save.

@@ -54,13 +54,13 @@ def build_by_config(folder: Path, build: Any = None) -> Any:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(
-            f"build: got none, and {folder} has no {CONFIG} of transformers; expected a function that makes the plain "
-            "model, or that model"
+            f"build: got {'none' if build is None else build.__name__}, and {folder} has no {CONFIG} of transformers; "
+            "expected a function that makes the plain model, or that model"
         )
     transformers = import_transformers()
     if build is None:
         build = _saved_class(transformers, path)
-    config = transformers.AutoConfig.from_pretrained(str(folder))
+    config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     model = build.from_config(config) if hasattr(build, "from_config") else build(config)
     if (folder / GENERATION_CONFIG).is_file() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))

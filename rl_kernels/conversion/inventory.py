@@ -129,10 +129,11 @@ class Inventory:
         def coefficients(**entry: Any) -> CoefficientsEntry:
             return CoefficientsEntry(**{**entry, "shape": tuple(entry["shape"])})
 
-        return cls(
-            tuple(layer(**entry) for entry in fields["layers"]),
-            {path: coefficients(**entry) for path, entry in fields["coefficients"].items()},
-        )
+        layers = tuple(layer(**entry) for entry in fields["layers"])
+        found = {path: coefficients(**entry) for path, entry in fields["coefficients"].items()}
+        if lost := {entry.coefficients for entry in layers} - found.keys() - {None}:
+            raise KeyError(*lost)
+        return cls(layers, found)
 
 
 def take(model: nn.Module) -> Inventory:

@@ -125,7 +125,7 @@ def load_pretrained(
     model = _built(path, build)
     try:
         make_anew(model, saved.inventory)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         reason = str(error).removeprefix("model: ")
         raise ValueError(f"build: got {type(model).__name__}, expected the model saved in {path}: {reason}") from error
     _check_keys(model, path, _with_tied(found, saved.tied))
