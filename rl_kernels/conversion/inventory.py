@@ -131,8 +131,9 @@ class Inventory:
 
         layers = tuple(layer(**entry) for entry in fields["layers"])
         found = {path: coefficients(**entry) for path, entry in fields["coefficients"].items()}
-        if lost := {entry.coefficients for entry in layers} - found.keys() - {None}:
-            raise KeyError(*lost)
+        for entry in layers:
+            if entry.coefficients is not None and entry.coefficients not in found:
+                raise KeyError(entry.coefficients)
         return cls(layers, found)
 
 
