@@ -16,7 +16,16 @@ from rl_kernels import _moved, backends, functional, nn
 from rl_kernels._version import __version__
 from rl_kernels.backends import services
 from rl_kernels.backends.selection import use_backend
-from rl_kernels.conversion import Plan, check, load_plain_state_dict, merge, plan, replace
+from rl_kernels.conversion import (
+    Plan,
+    check,
+    load_plain_state_dict,
+    load_pretrained,
+    merge,
+    plan,
+    replace,
+    save_pretrained,
+)
 from rl_kernels.ops.accumulation import accumulate_into_grad
 
 __all__ = [
@@ -28,6 +37,8 @@ __all__ = [
     "merge",
     "check",
     "load_plain_state_dict",
+    "save_pretrained",
+    "load_pretrained",
     "Plan",
     "services",
     "use_backend",

@@ -78,7 +78,7 @@ def shard(
 
 def _shard_coefficients(tree: _Tree, options: dict[str, Any]) -> None:
     """Make a group of all coefficients where the rest of the model is gathered in another dtype."""
-    found = [module for module in tree.paths if isinstance(module, Coefficients)]
+    found: list[nn.Module] = [module for module in tree.paths if isinstance(module, Coefficients)]
     own = {parameter for module in found for parameter in module.parameters()}
     rest = {p.dtype for module in tree.paths for p in module._parameters.values() if p is not None and p not in own}
     gathered_as = getattr(options.get("mp_policy"), "param_dtype", None)

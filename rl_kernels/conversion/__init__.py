@@ -10,6 +10,8 @@ How a plan comes about, top down:
 * ``encoder_fast_path.py``: torch's own fast path for encoders, which reads weights past a replaced layer.
 * ``checking.py``: ``check()``: whether a replaced model holds all that it runs on.
 * ``checkpoints.py``: plain checkpoints for replaced models.
+* ``pretrained.py``: ``save_pretrained()`` and ``load_pretrained()``, on ``inventory.py`` (what is replaced, as data),
+  ``folder.py`` (the files) and ``huggingface.py`` (configurations of transformers).
 * ``zoo.py``: models by name, for the command ``plan``.
 
 Nothing here computes with weights but ``merging.py`` and the fit of coefficients.
@@ -20,6 +22,17 @@ from rl_kernels.conversion.checkpoints import Loaded, load_plain_state_dict
 from rl_kernels.conversion.merging import merge
 from rl_kernels.conversion.planner import plan
 from rl_kernels.conversion.plans import Plan
+from rl_kernels.conversion.pretrained import load_pretrained, save_pretrained
 from rl_kernels.conversion.replacing import replace
 
-__all__ = ["Loaded", "Plan", "check", "load_plain_state_dict", "merge", "plan", "replace"]
+__all__ = [
+    "Loaded",
+    "Plan",
+    "check",
+    "load_plain_state_dict",
+    "load_pretrained",
+    "merge",
+    "plan",
+    "replace",
+    "save_pretrained",
+]

@@ -99,10 +99,16 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def kind_named(name: str) -> type[ReplacementLayer] | None:
+    """The class of replaced layers of that name, among those of ``rl_kernels.nn``."""
+    kind = getattr(replacements, name, None) if name in replacements.__all__ else None
+    fits = isinstance(kind, type) and issubclass(kind, ReplacementLayer) and kind is not ReplacementLayer
+    return kind if fits else None
+
+
 @cache
 def _kinds() -> Mapping[type[nn.Module], type[ReplacementLayer]]:
-    exported = (getattr(replacements, name) for name in replacements.__all__)
-    kinds = [kind for kind in exported if issubclass(kind, ReplacementLayer) and kind is not ReplacementLayer]
+    kinds = [kind for name in replacements.__all__ if (kind := kind_named(name)) is not None]
     return {source: kind for kind in kinds for source in kind.source_type}
 
 
@@ -139,6 +145,20 @@ def kind_of(module: nn.Module, asked: Classes = ()) -> tuple[type[ReplacementLay
             text = f"{full_name(module)} has a {method} of its own, and {why}"
             return (kind, text) if why else (ReplacementByForward, "")
     return kind, _why_not_mixed(module)
+
+
+def why_not(kind: type[ReplacementLayer], module: nn.Module) -> str:
+    """Why ``kind`` cannot take the place of a layer, or mix it; empty where it can.
+
+    Layers of a class that ``kind`` does not know are for ``kind.check_source`` to refuse.
+    """
+    if kind is ReplacementByForward:
+        return why_not_wrapped(module)
+    if torch_class(module) is None:
+        return ""
+    found, reason = kind_of(module)
+    by_forward = f"{full_name(module)} has a forward of its own, and no {kind.__name__} can run it"
+    return by_forward if found is ReplacementByForward else reason
 
 
 def _why_not_mixed(module: nn.Module) -> str:

@@ -37,7 +37,7 @@ def load_plain_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> Lo
         RuntimeError: other missing or unknown keys, or other shapes, in the words of ``load_state_dict``. Nothing has
             been written then.
     """
-    missing, unknown = _rehearse(model, state_dict)
+    missing, unknown = rehearse(model, state_dict)
     coefficients, replaced = _coefficient_keys(model), _replaced_keys(model)
     lacking = [key for key in missing if key not in coefficients]
     unexpected = [key for key in unknown if key not in replaced]
@@ -56,7 +56,7 @@ def load_plain_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> Lo
     )
 
 
-def _rehearse(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def rehearse(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Missing and unknown keys, found by loading into a twin without data: modules may rename keys as they load."""
     twins = {id(tensor): _on_meta(tensor) for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, twins)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,14 +14,14 @@ from rl_kernels.conversion.blocks import (
     check_plain,
     class_of,
     join,
-    kind_of,
+    kind_named,
     replacement_for,
+    why_not,
 )
 from rl_kernels.conversion.carrying import carry, what_would_be_lost
 from rl_kernels.conversion.options import Options
 from rl_kernels.conversion.plans import Plan, PlannedLayer, ReplacedBlock
 from rl_kernels.nn import ReplacementLayer
-from rl_kernels.nn.adapters import full_name
 from rl_kernels.nn.coefficients import Init, initial_coefficients
 from rl_kernels.nn.standing import paths_of
 
@@ -56,19 +56,29 @@ def replace(model: Model, plan: Plan) -> Model:
     blocks = [[_find(model, block, layer, sharing) for layer in block.layers] for block in plan.replaced]
     _check_apart(blocks)
     made = {path: layer for items in blocks for path, layer in _make(items, plan.options)}
-    owns = {item.path: item.own for items in blocks for item in items}
+    put(model, {item.path: item.own for items in blocks for item in items}, made, made)
+    return model
+
+
+def put(
+    model: nn.Module,
+    owns: Mapping[str, nn.Module],
+    made: Mapping[str, ReplacementLayer],
+    places: Mapping[str, ReplacementLayer],
+) -> None:
+    """Put the layers ``made``, by the path of what each replaces, into their places."""
     for path, layer in made.items():
         carry(owns[path], layer)
+    for path, layer in places.items():
         model.set_submodule(path, layer)
     paths = paths_of(model)
     for layer in made.values():
         layer.stand_in(model, paths)
     encoder_fast_path.switch_off(model)
-    return model
 
 
 @dataclass(frozen=True)
-class _Replacement:
+class Found:
     """A layer to be replaced, as it was found in the model."""
 
     path: str
@@ -77,26 +87,16 @@ class _Replacement:
     sources: tuple[nn.Module, ...]
 
 
-def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: Sharing) -> _Replacement:
+def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: Sharing) -> Found:
     path, *source_paths = (join(where, layer.path) for where in (block.path, *block.sources))
-    own = _layer(model, path)
-    if class_of(own).__name__ != layer.class_name:
-        raise ValueError(f"model: got {class_of(own).__name__} at {path}, expected {layer.class_name} as in the plan")
-    shapes = {name: tuple(parameter.shape) for name, parameter in own.named_parameters()}
-    if shapes != layer.shapes:
-        raise ValueError(f"model: got shapes {shapes} at {path}, expected {layer.shapes} as in the plan")
-    sources = tuple(_layer(model, where) for where in source_paths)
-    for where, module in zip((path, *source_paths), (own, *sources), strict=True):
-        found, reason = kind_of(module, (class_of(own),))
-        if found is not None and reason:
-            raise ValueError(f"model: got a layer at {where} that cannot be mixed: {reason}")
-    kind, _ = kind_of(own, (class_of(own),))
+    own = find_layer(model, path, layer.class_name, layer.shapes)
+    sources = tuple(layer_at(model, where) for where in source_paths)
+    kind = kind_named(layer.kind) if layer.kind else replacement_for(own)
     if kind is None:
         raise ValueError(f"model: got {layer.class_name} at {path}, for which there is no replacement")
-    known = replacement_for(own)
-    planned = layer.kind or ("" if known is None else known.__name__)
-    if kind.__name__ != planned:  # A namesake.
-        raise ValueError(f"model: got {full_name(own)} at {path}, expected a layer for {planned} as in the plan")
+    for where, module in zip((path, *source_paths), (own, *sources), strict=True):
+        if reason := why_not(kind, module):
+            raise ValueError(f"model: got a layer at {where} that cannot be mixed: {reason}")
     try:
         kind.check_sources([*sources, own])
     except (TypeError, ValueError) as error:
@@ -109,17 +109,35 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
         raise ValueError(
             f"model: got {lost}, which would be lost; expected a layer without, or hooks that are registered afterwards"
         )
-    return _Replacement(path, kind, own, sources)
+    return Found(path, kind, own, sources)
 
 
-def _layer(model: nn.Module, path: str) -> nn.Module:
+def find_layer(
+    model: nn.Module,
+    path: str,
+    class_name: str | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    origin: str = "as in the plan",
+) -> nn.Module:
+    """The layer at ``path``, of that class (None for any) and with parameters of these shapes."""
+    own = layer_at(model, path, origin)
+    if class_name is not None and class_of(own).__name__ != class_name:
+        raise ValueError(f"model: got {class_of(own).__name__} at {path}, expected {class_name} {origin}")
+    found = {name: tuple(parameter.shape) for name, parameter in own.named_parameters()}
+    if found != shapes:
+        raise ValueError(f"model: got shapes {found} at {path}, expected {shapes} {origin}")
+    return own
+
+
+def layer_at(model: nn.Module, path: str, origin: str = "as in the plan") -> nn.Module:
+    """The module at ``path``."""
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise ValueError(f"model: got {type(model).__name__} without {path}, expected it as in the plan") from None
+        raise ValueError(f"model: got {type(model).__name__} without {path}, expected it {origin}") from None
 
 
-def _check_apart(blocks: Sequence[Sequence[_Replacement]]) -> None:
+def _check_apart(blocks: Sequence[Sequence[Found]]) -> None:
     """Raise if a layer is replaced twice, or replaced and mixed from."""
     items = [item for block in blocks for item in block]
     taken = {id(source) for item in items for source in item.sources}
@@ -129,7 +147,7 @@ def _check_apart(blocks: Sequence[Sequence[_Replacement]]) -> None:
         taken.add(id(item.own))
 
 
-def _make(items: Sequence[_Replacement], options: Options) -> Iterator[tuple[str, ReplacementLayer]]:
+def _make(items: Sequence[Found], options: Options) -> Iterator[tuple[str, ReplacementLayer]]:
     """The new layers of a block with their paths. The first holds the coefficients that the others share."""
     if options.share == "layer":
         for item in items:
@@ -146,9 +164,7 @@ def _make(items: Sequence[_Replacement], options: Options) -> Iterator[tuple[str
         yield item.path, item.kind(item.sources, own=item.own, detach=options.detach, coefficients=borrowed)
 
 
-def _with_coefficients(
-    item: _Replacement, init: Init, options: Options, instead_of: Sequence[_Replacement]
-) -> ReplacementLayer:
+def _with_coefficients(item: Found, init: Init, options: Options, instead_of: Sequence[Found]) -> ReplacementLayer:
     made = item.kind(
         item.sources,
         own=item.own,

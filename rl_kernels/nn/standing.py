@@ -158,7 +158,7 @@ def _below(path: str, depth: int) -> str:
 
 
 # What torch puts around a module without changing what it computes holds it under one of these names.
-_TRANSPARENT = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+TRANSPARENT = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 _WHAT_TO_DO = (
     "expected all to stay in one model: call rebind with what is to be mixed now, or rl_kernels.merge before the model "
@@ -221,7 +221,7 @@ def _within_wrapper(module: nn.Module, there: nn.Module | None, place: str, path
     if has_adapters(there):
         return place
     between = path.removeprefix(f"{place}.").split(".")
-    if not set(between) <= _TRANSPARENT:
+    if not set(between) <= TRANSPARENT:
         raise RuntimeError(
             f"sources: got a {type(module).__name__} that was put into {full_name(there)} at {place}, whose own "
             "computation the mix of its weight would leave out; expected it by itself: call rebind if its weight "

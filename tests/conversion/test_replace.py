@@ -316,7 +316,7 @@ def test_bad_plans_are_refused():
     with pytest.raises(ValueError, match=r"^plan: got blocks.3.norm1 replaced twice or mixed from"):
         rl.replace(model, dataclasses.replace(plan, replaced=tuple(neighbours)))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.blocks[3].mlp.named_parameters()}
-    whole = dataclasses.replace(plan.replaced[0].layers[0], path="mlp", class_name="Sequential", shapes=shapes)
+    whole = dataclasses.replace(plan.replaced[0].layers[0], path="mlp", class_name="Sequential", shapes=shapes, kind="")
     block = dataclasses.replace(plan.replaced[0], layers=(whole,))
     with pytest.raises(ValueError, match=r"^model: got Sequential at blocks.3.mlp, for which there is no replacement"):
         rl.replace(model, dataclasses.replace(plan, replaced=(block,)))
