@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import rl_kernels as rl
+from benchmarks.families import TABLE, row
 from rl_kernels.conversion.zoo import build, import_timm, import_transformers
 from tests.conversion.common import coefficients_of
 from tests.conversion.toys import image
 
 pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_blocks_of_coat_share_their_position_encodings():
@@ -72,3 +76,10 @@ def test_a_dispatched_model_says_so():
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"\(0\.0 has a forward of its own, set on this instance \(as accelerate's"):
         rl.plan(model)
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [("torchvision", "vit_b_16"), ("timm", "nf_resnet50"), ("transformers", "llama")]
+)
+def test_the_table_of_families_is_true(library, name):
+    assert row(library, name).line() in (ROOT / TABLE).read_text(encoding="utf-8").splitlines()
