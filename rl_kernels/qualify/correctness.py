@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rl_kernels.backends import Backend, Case, reference
+from rl_kernels.backends.gpu.operands import TF32, arithmetic
 from rl_kernels.ops.values import Call
 from rl_kernels.qualify.problems import Problem, checks, grid, make_call
 from rl_kernels.testing import compare, poisoned
@@ -62,7 +63,9 @@ def check(backend: Backend, trial: Trial, case: Case, device: torch.device) -> l
                 plain[name] = (buffer + plain[gradient]).to(buffer.dtype)
                 truth[name] = buffer.double() + truth[gradient]
                 spread[name] = (buffer.double().square() + squares[gradient]).sqrt()
-    wrong = [str(row) for row in compare(found, plain, truth, spread, case.dtype) if not row.passes]
+    tf32 = device.type == "cuda" and arithmetic(case.dtype, call.geometry is not None) == TF32
+    rows = compare(found, plain, truth, spread, case.dtype, tf32=tf32)
+    wrong = [str(row) for row in rows if not row.passes]
     return wrong + [
         f"{name}: two runs differ in their bits"
         for name, value in found.items()
