@@ -84,22 +84,26 @@ def parse_architectures(text: str, variable: str, leave_out_older: bool = False)
     return list(found.values())
 
 
+def find_program(name: str) -> str | None:
+    """A program of CUDA: in CUDA_HOME, CUDA_PATH, the PATH, the usual folder or Python's packages; None without it."""
+    homes = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    folders = [*map(str, homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin", *map(str, _package_folders())]
+    return next(filter(None, (shutil.which(name, path=folder) for folder in folders if folder)), None)
+
+
 def find_nvcc() -> str:
-    """The compiler: CUDACXX, or that of CUDA_HOME, CUDA_PATH, the PATH, or Python's package nvidia-cuda-nvcc."""
+    """The compiler: CUDACXX, or what ``find_program`` finds; CannotBuild where there is none."""
     asked = os.environ.get("CUDACXX")
     if asked:
         found = shutil.which(asked)
         if found is None:
             raise CannotBuild(f"there is no nvcc ({asked}, which CUDACXX names, cannot be run)")
         return found
-    homes = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    folders = [*map(str, homes), os.environ.get("PATH", ""), *map(str, _package_folders())]
-    for folder in folders:
-        found = shutil.which("nvcc", path=folder) if folder else None
-        if found is not None:
-            return found
-    places = "CUDACXX, CUDA_HOME, CUDA_PATH, the PATH, the package nvidia-cuda-nvcc"
-    raise CannotBuild(f"there is no nvcc ({places})")
+    found = find_program("nvcc")
+    if found is None:
+        places = "CUDACXX, CUDA_HOME, CUDA_PATH, the PATH, /usr/local/cuda, the package nvidia-cuda-nvcc"
+        raise CannotBuild(f"there is no nvcc ({places})")
+    return found
 
 
 def _package_folders() -> list[Path]:
