@@ -53,10 +53,15 @@ def plain_torch() -> Iterator[None]:
         _plain_torch = previous
 
 
+@torch.compiler.assume_constant_result  # Before torch 2.12 Dynamo cannot trace the question.
+def _has_autocast(device: str) -> bool:
+    return device != "meta" and torch.amp.is_autocast_available(device)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts ``x`` to; None where it is off."""
     device = x.device.type
-    if device != "meta" and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 
