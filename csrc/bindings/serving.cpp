@@ -30,7 +30,7 @@ uint32_t bit(size_t op, at::ScalarType dtype) {
   return 0;
 }
 
-// torch before 2.13 has a key for named tensors, and excludes it in every backward; plain() refuses tensors that have it.
+// torch before 2.13 has a key for named tensors, which plain() refuses, and excludes it in every backward.
 template <class Key> constexpr c10::DispatchKeySet named() {
   if constexpr (requires { Key::Named; })
     return c10::DispatchKeySet(Key::Named);

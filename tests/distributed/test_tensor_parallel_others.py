@@ -25,7 +25,7 @@ from tests.distributed.common import (
     full,
 )
 from tests.distributed.conftest import Ranks
-from tests.distributed.parallel import distributed
+from tests.distributed.parallel import Seen, distributed
 
 # Layers for which torch has the rules.
 
@@ -46,6 +46,7 @@ def check_convolutions(transposed: bool) -> None:
     biases = [torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     mixing = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     message = r"^{}: got shape .* with placements .* over 2 ranks, expected Replicate\(\){}: the convolutions of"
+    ops = {"mixed_conv", "mixed_conv_dgrad", "mixed_conv_wgrad"}
     whole = Replicate()
     for of_x, of_weights, of_biases, batch, refused in (
         (whole, whole, whole, 4, None),
@@ -72,10 +73,12 @@ def check_convolutions(transposed: bool) -> None:
             or_rows = r", or Shard\(dim=0\) with a row for every rank" if refused == "x" else ""
             assert isinstance(found, str) and re.match(message.format(refused, or_rows), found), (case, found)
             continue
-        y = call()
-        torch.testing.assert_close(full(y), expected)
         dy = torch.randn_like(expected)
-        gradients = torch.autograd.grad(y, there, distribute_tensor(dy, mesh, [whole]))
+        with Seen() as seen:  # The kernels run on what each rank has; no rule of torch's is asked.
+            y = call()
+            gradients = torch.autograd.grad(y, there, distribute_tensor(dy, mesh, [whole]))
+        assert {name for name, _ in seen.calls} == ops, case
+        torch.testing.assert_close(full(y), expected)
         for found, truth in zip(gradients, torch.autograd.grad(expected, leaves, dy), strict=True):
             torch.testing.assert_close(full(found), truth, msg=lambda m, c=case: f"{c}: {m}")
     if transposed:
