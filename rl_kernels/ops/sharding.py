@@ -1,7 +1,7 @@
 """Arguments that are DTensors: shards go to the kernels as they lie, where placements are common; others through aten.
 
 Of convolutions torch has no rule for most placements, and computes wrong results; those are refused. The others never
-come to torch's rule, which before 2.13 multiplies gradients by the number of ranks.
+come to torch's rule, which in 2.11 multiplies gradients by the number of ranks.
 """
 
 from __future__ import annotations

@@ -53,9 +53,13 @@ def plain_torch() -> Iterator[None]:
         _plain_torch = previous
 
 
-@torch.compiler.assume_constant_result  # Before torch 2.12 Dynamo cannot trace the question.
 def _has_autocast(device: str) -> bool:
     return device != "meta" and torch.amp.is_autocast_available(device)
+
+
+# Before torch 2.12 Dynamo cannot trace the question. torch.compiler.assume_constant_result does this, and imports
+# Dynamo, which takes seconds.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
