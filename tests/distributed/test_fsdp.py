@@ -540,6 +540,7 @@ def test_other_arguments_that_do_not_fit(group_of_one: None) -> None:
 def test_importing_the_package_leaves_torchs_distributed_tensors_alone() -> None:
     program = (
         "import sys, rl_kernels as rl; assert not any(m.startswith('torch.distributed.tensor') for m in sys.modules); "
+        "assert 'torch._dynamo' not in sys.modules; "
         "assert rl.distributed.shard; assert 'torch.distributed.fsdp' in sys.modules; "
         "assert not hasattr(rl, 'distribute')"
     )
