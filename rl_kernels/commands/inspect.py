@@ -33,8 +33,9 @@ def inspect_command(arches: tuple[str, ...], as_json: bool, plot: Path | None) -
 
     No GPU is needed; it takes two to three minutes an architecture the first time. The columns: registers and bytes
     of spilled ones a thread; KiB of shared memory a program; the matrix instruction, and where it takes the mixed
-    weight (A) from; in the main loop the stores to shared memory (STS) and the bytes of the narrowest load; and what
-    binds it by the model that configurations are chosen by, which is no measurement.
+    weight (A) from; how many writes race with it, or that it is serialised (docs/checking.md); in the main loop the
+    stores to shared memory (STS) and the bytes of the narrowest load; and what binds it by the model that
+    configurations are chosen by, which is no measurement.
     """
     if find_spec("triton") is None:
         raise click.ClickException("triton is not installed: pip install 'triton>=3.6' (Linux)")
@@ -53,7 +54,7 @@ def table(kernels: Sequence[Kernel]) -> str:
     from rl_kernels._tables import as_text, simple_table
 
     numbers = ("regs", "spill", "KiB", "STS", "load")
-    columns = ("arch", "kernel", "of", "config", *numbers[:3], "MMA", "A", *numbers[3:], "bound by")
+    columns = ("arch", "kernel", "of", "config", *numbers[:3], "MMA", "A", "hazards", *numbers[3:], "bound by")
     lines = simple_table("", *columns, numbers=numbers)
     for kernel in kernels:
         lines.add_row(
@@ -66,6 +67,7 @@ def table(kernels: Sequence[Kernel]) -> str:
             f"{kernel.shared_bytes / 1024:.0f}",
             kernel.products,
             ("registers" if kernel.register_a else "shared") if kernel.products else "",
+            str(len(kernel.hazards) or ("serialised" if kernel.serialised else "")),
             str(kernel.shared_stores),
             str(kernel.load_bytes),
             kernel.bound,

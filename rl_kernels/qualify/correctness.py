@@ -40,6 +40,7 @@ def trials_of(backend: Backend, case: Case) -> list[Trial]:
 def check(backend: Backend, trial: Trial, case: Case, device: torch.device) -> list[str]:
     """Hold one call against the float64 reference, and two runs against each other; what is wrong, in words.
 
+    What the backend says of its kernels' machine code comes first: a race need not show in a run.
     Where the backend's wgrads add to what is there, the same call is made so too.
     """
     call = make_call(trial.problem, case.op, case.dtype, device)
@@ -50,7 +51,7 @@ def check(backend: Backend, trial: Trial, case: Case, device: torch.device) -> l
     squares = _run_reference(_doubled(call, squared=True))
     spread = {name: value.sqrt() for name, value in squares.items()}
     into = _into(call) if backend.accumulates and call.wanted is not None else None
-    with trial.context(), poisoned(deterministic=False):
+    with trial.context(), poisoned(deterministic=False), backend.watched() as unsafe:
         found, again = (_named(run(*call.operands)) for _ in range(2))
         if into is not None:
             added, added_again = (_run_into(run, call, into) for _ in range(2))
@@ -63,11 +64,15 @@ def check(backend: Backend, trial: Trial, case: Case, device: torch.device) -> l
                 truth[name] = buffer.double() + truth[gradient]
                 spread[name] = (buffer.double().square() + squares[gradient]).sqrt()
     wrong = [str(row) for row in compare(found, plain, truth, spread, case.dtype) if not row.passes]
-    return wrong + [
-        f"{name}: two runs differ in their bits"
-        for name, value in found.items()
-        if not torch.equal(value.nan_to_num(), again[name].nan_to_num())
-    ]
+    return (
+        unsafe
+        + wrong
+        + [
+            f"{name}: two runs differ in their bits"
+            for name, value in found.items()
+            if not torch.equal(value.nan_to_num(), again[name].nan_to_num())
+        ]
+    )
 
 
 def failures(backend: Backend, trials: Iterable[Trial], case: Case, device: torch.device) -> Iterator[str]:

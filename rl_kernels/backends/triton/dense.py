@@ -17,6 +17,7 @@ from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.convolution import Correlation, channels_innermost, images_at_a_time
 from rl_kernels.backends.gpu.heuristics import Work, cdiv, choose
 from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe, arithmetic, is_far, strides_of
+from rl_kernels.backends.triton.assembler import assembled, sound_configs
 from rl_kernels.backends.triton.configs import CONV_CONFIGS, CONV_WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile
 from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
@@ -32,6 +33,7 @@ from rl_kernels.backends.triton.pixels import (
 from rl_kernels.backends.triton.tile import GROUP, dot, is_widened, reduce_product, tile_of, wgrad_tile
 
 
+@assembled
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def correlate_kernel(
     out,
@@ -160,6 +162,7 @@ def correlate_kernel(
     tl.store(out + out_offsets, total.to(out.dtype.element_ty), mask=in_features[:, None] & (p < pixels)[None, :])
 
 
+@assembled
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def wgrad_kernel(
     gradients,
@@ -271,7 +274,8 @@ def correlate(
 ) -> None:
     """``conv.correlate`` for any number of channels; ``work`` says what it is."""
     numbers = arithmetic(activation.dtype, convolution=True)
-    config, splits, steps = choose(work, usable(CONV_CONFIGS, numbers), heuristics.device_of(activation.device))
+    usual = sound_configs(CONV_CONFIGS, activation.device)
+    config, splits, steps = choose(work, usable(usual, numbers), heuristics.device_of(activation.device))
     target = out if splits == 1 else out.new_empty((splits, out.numel()), dtype=torch.float32)
     tiles = cdiv(work.rows, config.rows) * cdiv(work.columns, config.columns)
     bias_sources, bias_strides = recipe.vectors()

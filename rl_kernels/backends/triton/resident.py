@@ -12,6 +12,7 @@ from torch import Tensor
 from rl_kernels.backends.gpu.convolution import Correlation
 from rl_kernels.backends.gpu.heuristics import Config
 from rl_kernels.backends.gpu.operands import StridedRecipe, is_far, strides_of
+from rl_kernels.backends.triton.assembler import assembled
 from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
 from rl_kernels.backends.triton.pixels import (
     UNSPECIALISED,
@@ -24,6 +25,7 @@ from rl_kernels.backends.triton.pixels import (
 from rl_kernels.backends.triton.tile import dot, is_widened
 
 
+@assembled
 @triton.jit(do_not_specialize=[name for name in UNSPECIALISED if name != "taps"])
 def resident_kernel(
     out,
