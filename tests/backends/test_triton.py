@@ -13,7 +13,7 @@ from rl_kernels.backends.triton.backend import MAX_SOURCES
 from rl_kernels.ops.values import Call
 
 ROOM = Path(triton.__file__).parent
-CHOOSING = {"configs.py", "heuristics.py", "convolution.py", "operands.py"}
+CHOOSING = {"assembler.py", "configs.py", "heuristics.py", "convolution.py", "operands.py"}
 """Files without a kernel that decide which one runs, and what it is compiled for."""
 
 

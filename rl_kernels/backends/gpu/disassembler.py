@@ -45,8 +45,8 @@ def _folders() -> Iterator[Path]:
     yield Path("/usr/local/cuda/bin")
 
 
-def run_tool(tool: Path, *arguments: str | Path) -> str:
-    """What a tool prints.
+def run_tool(tool: Path, *arguments: str | Path, errors_too: bool = False) -> str:
+    """What a tool prints, if ``errors_too`` with its warnings.
 
     Raises:
         RuntimeError: it fails; the message has its words.
@@ -54,7 +54,7 @@ def run_tool(tool: Path, *arguments: str | Path) -> str:
     result = subprocess.run([tool, *arguments], capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{tool.name}: {' '.join((result.stderr or result.stdout).split())[:500]}")
-    return result.stdout
+    return result.stdout + result.stderr if errors_too else result.stdout
 
 
 @functools.lru_cache(maxsize=512)
