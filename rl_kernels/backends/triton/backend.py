@@ -118,10 +118,10 @@ class Triton(Backend):
         wgrad, size = op.endswith("wgrad"), dtype.itemsize
         row, scratch = (size, 0) if wgrad else (2 * size, size)
         work = heuristics.Work(1, 1, 1, row, size, scratch, 1.0)
-        device = heuristics.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = heuristics.device_of(heuristics.current_device())
         usual = configs.configs_of(op) + (configs.RESIDENT_CONFIGS if "conv" in op and not wgrad else ())
         if not wgrad and torch.cuda.is_available():
-            usual = _assembler().sound_configs(usual, torch.device("cuda", torch.cuda.current_device()))
+            usual = _assembler().sound_configs(usual, heuristics.current_device())
         for config in configs.usable(usual, arithmetic(dtype, "conv" in op)):
             if heuristics.shared_bytes(work, config) <= device.shared_bytes:
                 for splits in (1, 3):

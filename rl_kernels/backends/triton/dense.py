@@ -80,8 +80,9 @@ def correlate_kernel(
     ``steps`` of the sum's blocks, of which there are ``all_steps``, to an output of its own, ``split_stride`` apart.
     """
     # Which tile, and which part of the sum.
-    group, split = tl.program_id(1), tl.program_id(2)
-    row, column = tile_of(tl.program_id(0), tl.cdiv(features, BLOCK_FEATURES), tl.cdiv(pixels, BLOCK_PIXELS), GROUP)
+    rows, columns = tl.cdiv(features, BLOCK_FEATURES), tl.cdiv(pixels, BLOCK_PIXELS)
+    group, split = tl.program_id(0) // (rows * columns), tl.program_id(1)
+    row, column = tile_of(tl.program_id(0) % (rows * columns), rows, columns, GROUP)
     first_feature = row * BLOCK_FEATURES
     f, c = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_CHANNELS)
     p = column * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
@@ -279,7 +280,8 @@ def correlate(
     target = out if splits == 1 else out.new_empty((splits, out.numel()), dtype=torch.float32)
     tiles = cdiv(work.rows, config.rows) * cdiv(work.columns, config.columns)
     bias_sources, bias_strides = recipe.vectors()
-    correlate_kernel[(tiles, groups, splits)](
+    # Groups in the first dimension of the grid: the others end at 65535.
+    correlate_kernel[(tiles * groups, splits)](
         target,
         activation,
         recipe.weights,

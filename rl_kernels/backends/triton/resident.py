@@ -26,13 +26,14 @@ from rl_kernels.backends.triton.tile import dot, is_widened
 
 
 @assembled
-@triton.jit(do_not_specialize=[name for name in UNSPECIALISED if name != "taps"])
+@triton.jit(do_not_specialize=["programs", *(name for name in UNSPECIALISED if name != "taps")])
 def resident_kernel(
     out,
     activation,
     weights,
     coefficients,
     biases,
+    programs,
     pixels,
     features,
     channels,
@@ -64,9 +65,9 @@ def resident_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What ``correlate_kernel`` computes, for features and channels of one block each."""
+    """What ``correlate_kernel`` computes, for features and channels of one block each, by ``programs`` a group."""
     # Where the group's operands lie.
-    group = tl.program_id(1)
+    group, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     f, c = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_CHANNELS)
     if WIDE:
         f, c = f.to(tl.int64), c.to(tl.int64)
@@ -108,7 +109,7 @@ def resident_kernel(
     # The pixels, a tile at a time.
     activation += first_channel * strides[1]
     out += first_feature * out_strides[1]
-    for column in tl.range(tl.program_id(0), tl.cdiv(pixels, BLOCK_PIXELS), tl.num_programs(0), num_stages=STAGES):
+    for column in tl.range(program, tl.cdiv(pixels, BLOCK_PIXELS), programs, num_stages=STAGES):
         p = column * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         if WIDE:
             p = tl.cast(column, tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
@@ -149,12 +150,14 @@ def correlate(
     features, channels = out.shape[1] // groups, activation.shape[1] // groups
     bias_sources, bias_strides = recipe.vectors()
     sizes, out_sizes, taps, *steps = correlation
-    resident_kernel[(programs, groups)](
+    # Groups in the first dimension of the grid: the others end at 65535.
+    resident_kernel[(programs * groups,)](
         out,
         activation,
         recipe.weights,
         recipe.coefficients,
         bias_sources,
+        programs,
         out.numel() // out.shape[1],
         features,
         channels,
