@@ -80,10 +80,14 @@ def _driver_loads_cuda_13() -> bool:
     return bool(internals._cuda_getDriverVersion() >= ONLY_CUDA_13)
 
 
+def has_sound_ptx() -> bool:
+    """Whether the PTX that Triton makes of these kernels for Hopper is right by itself."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= FIXED_TRITON
+
+
 def is_sound() -> bool:
     """Whether what Triton and ptxas make of these kernels for Hopper is free of the defect."""
-    parts = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return parts >= FIXED_TRITON and version_of(newer_assembler() or get_ptxas(HOPPER).path) >= FIXED
+    return has_sound_ptx() and version_of(newer_assembler() or get_ptxas(HOPPER).path) >= FIXED
 
 
 @functools.lru_cache(maxsize=256)
