@@ -28,4 +28,6 @@ def oldest_triton(session: nox.Session) -> None:
     )
     session.run("pytest", "-n", "auto", "tests/interpreter", env={"TRITON_INTERPRET": "1"})
     session.run("pytest", "-n", "auto", "tests/offline")
-    session.run("pytest", "-n", "auto", "tests/emulated/test_kernels.py", "tests/emulated/test_hopper_kernels.py")
+    # Of Triton's own kernels, which the interpreter of PTX is tried on, the newest are enough.
+    session.run("pytest", "-n", "auto", "tests/emulated/test_kernels.py")
+    session.run("pytest", "-n", "auto", "tests/emulated/test_hopper_kernels.py", "-k", "test_linear or test_conv")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rl_kernels.backends.triton.offline import Kernel
 
 ARCHES = ("sm_80", "sm_90", "sm_100")
+ASYNCHRONOUS = "HGMMA"
 PEAK = "matrix instructions"
 COLOURS = {"L2": "#4c78a8", "shared memory": "#f58518", "mixing": "#54a24b"}
 
@@ -44,7 +45,10 @@ def inspect_command(arches: tuple[str, ...], as_json: bool, plot: Path | None) -
     from rl_kernels.backends.triton import offline
 
     kernels = [kernel for arch in arches or ARCHES for kernel in offline.kernels(arch)]
-    click.echo(json.dumps([kernel.as_dict() for kernel in kernels], indent=1) if as_json else table(kernels))
+    if as_json:
+        click.echo(json.dumps([kernel.as_dict() for kernel in kernels], indent=1))
+    else:
+        click.echo("\n".join([table(kernels), *summary(kernels, offline.compilers())]))
     if plot is not None:
         draw(kernels, plot)
 
@@ -73,6 +77,19 @@ def table(kernels: Sequence[Kernel]) -> str:
             kernel.bound,
         )
     return as_text(lines)
+
+
+def summary(kernels: Sequence[Kernel], compilers: str) -> list[str]:
+    """A line on hazards where there are kernels whose products run by themselves; ``compilers`` made them."""
+    found = [kernel for kernel in kernels if kernel.products == ASYNCHRONOUS]
+    if not found:
+        return []
+    in_registers, racing = sum(kernel.register_a for kernel in found), sum(bool(kernel.hazards) for kernel in found)
+    serialised = sum(kernel.serialised and not kernel.hazards for kernel in found)
+    return [
+        f"{compilers}: {len(found)} kernels with {ASYNCHRONOUS}, {in_registers} of them with A in registers; "
+        f"{racing} have hazards, {serialised} are serialised"
+    ]
 
 
 def draw(kernels: Sequence[Kernel], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rl_kernels.backends import Case, registered
 from rl_kernels.backends.gpu import disassembler, hazards
 from rl_kernels.backends.gpu.heuristics import Config, use_config
 from rl_kernels.backends.triton import assembler, configs, linear, offline
+from rl_kernels.commands import inspect
 from rl_kernels.ops.values import Recipe
 from rl_kernels.qualify import correctness, problems
 
@@ -135,6 +137,20 @@ def test_a_serialised_kernel_is_what_ptxas_warns_of(tmp_path: Path) -> None:
     (found,) = hazards.check(disassembler.disassemble(made.read_bytes()))
     assert found.serialised and found.verdict == "serialised"
     assert not findings(multiply(RACES)).serialised
+
+
+def test_inspect_shows_them() -> None:
+    of_none = offline.Kernel("product_kernel", "op", "first", "sm_90", 1, 0, 0, "HGMMA", True, 0, 16, (), False, {})
+    racing = replace(of_none, config="second", hazards=("one", "another"))
+    serialised = replace(of_none, config="third", serialised=True)
+    kernels = [of_none, racing, serialised, replace(of_none, products="HMMA"), replace(of_none, register_a=False)]
+    lines = inspect.table(kernels).splitlines()
+    where = next(line for line in lines if "hazards" in line).index("hazards")
+    shown = {row: next(line for line in lines if row in line)[where:].split()[0] for row in ("second", "third")}
+    assert shown == {"second": "2", "third": "serialised"}
+    line = "ptxas 13.3: 4 kernels with HGMMA, 3 of them with A in registers; 1 have hazards, 1 are serialised"
+    assert inspect.summary(kernels, "ptxas 13.3") == [line]
+    assert inspect.summary(kernels[3:4], "") == []
 
 
 # Qualification.

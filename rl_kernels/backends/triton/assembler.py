@@ -80,6 +80,11 @@ def _driver_loads_cuda_13() -> bool:
     return bool(internals._cuda_getDriverVersion() >= ONLY_CUDA_13)
 
 
+def assembler() -> str:
+    """The ptxas that assembles these kernels for Hopper."""
+    return newer_assembler() or str(get_ptxas(HOPPER).path)
+
+
 def has_sound_ptx() -> bool:
     """Whether the PTX that Triton makes of these kernels for Hopper is right by itself."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= FIXED_TRITON
@@ -87,7 +92,7 @@ def has_sound_ptx() -> bool:
 
 def is_sound() -> bool:
     """Whether what Triton and ptxas make of these kernels for Hopper is free of the defect."""
-    return has_sound_ptx() and version_of(newer_assembler() or get_ptxas(HOPPER).path) >= FIXED
+    return has_sound_ptx() and version_of(assembler()) >= FIXED
 
 
 @functools.lru_cache(maxsize=256)
@@ -166,7 +171,7 @@ def _refuse(compiled: Any) -> None:
     wrong = why_unsafe(compiled)
     if wrong is not None:
         raise RacingKernel(
-            f"{wrong}. Triton {triton.__version__} with ptxas {'.'.join(map(str, version_of(get_ptxas(HOPPER).path)))} "
+            f"{wrong}. Triton {triton.__version__} with ptxas {'.'.join(map(str, version_of(assembler())))} "
             f"makes code for Hopper that races; Triton 3.8 with a driver for CUDA 13, or Triton 3.9, does not"
         )
 

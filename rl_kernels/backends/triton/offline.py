@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -150,6 +151,12 @@ def kernels(arch: str, ops: Collection[str] | None = None) -> Iterator[Kernel]:
         for name, kernel in found:
             seen = look(kernel, name, variant.name, config, arch)
             yield replace(seen, cycles=cycles) if seen.products else seen
+
+
+def compilers() -> str:
+    """Triton, and the ptxas that assembles for Hopper."""
+    ptxas = ".".join(map(str, assembler.version_of(assembler.assembler())))
+    return f"triton {triton.__version__}, ptxas {ptxas}"
 
 
 @contextlib.contextmanager
