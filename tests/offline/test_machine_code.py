@@ -21,7 +21,7 @@ RESIDENT_STORES = 16
 OLD_TRITON_SPILLS = 16
 """Bytes, of two configurations for sm_100, by Triton before 3.8; none may elsewhere."""
 SPILLED = 24
-"""Bytes, at most, of linear dgrad's largest tile for Hopper: ptxas 13.3 spills where 12.9, which lets race, does not."""
+"""Bytes, at most, of linear dgrad's largest tile for Hopper: ptxas 13.3 spills, 12.9 lets race."""
 PRODUCTS = ("product_kernel", "correlate_kernel", "resident_kernel", "wgrad_kernel")
 MATRIX_INSTRUCTION = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCHMMA", "HMMA")}
 
