@@ -86,10 +86,13 @@ def parse_architectures(text: str, variable: str, leave_out_older: bool = False)
     return list(found.values())
 
 
+USUAL_FOLDER = "/usr/local/cuda/bin"
+
+
 def find_program(name: str) -> str | None:
     """A program of CUDA: in CUDA_HOME, CUDA_PATH, the PATH, the usual folder or Python's packages; None without it."""
     homes = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    folders = [*map(str, homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin", *map(str, _package_folders())]
+    folders = [*map(str, homes), os.environ.get("PATH", ""), USUAL_FOLDER, *map(str, _package_folders())]
     return next(filter(None, (shutil.which(name, path=folder) for folder in folders if folder)), None)
 
 

@@ -80,9 +80,9 @@ def correlate_kernel(
     ``steps`` of the sum's blocks, of which there are ``all_steps``, to an output of its own, ``split_stride`` apart.
     """
     # Which tile, and which part of the sum.
-    rows, columns = tl.cdiv(features, BLOCK_FEATURES), tl.cdiv(pixels, BLOCK_PIXELS)
-    group, split = tl.program_id(0) // (rows * columns), tl.program_id(1)
-    row, column = tile_of(tl.program_id(0) % (rows * columns), rows, columns, GROUP)
+    feature_tiles, pixel_tiles = tl.cdiv(features, BLOCK_FEATURES), tl.cdiv(pixels, BLOCK_PIXELS)
+    group, split = tl.program_id(0) // (feature_tiles * pixel_tiles), tl.program_id(1)
+    row, column = tile_of(tl.program_id(0) % (feature_tiles * pixel_tiles), feature_tiles, pixel_tiles, GROUP)
     first_feature = row * BLOCK_FEATURES
     f, c = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_CHANNELS)
     p = column * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
