@@ -24,8 +24,8 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 WITHOUT = {"USE_CPP": "0", "USE_CUDA": "0"}
 BUILT = ("_C", "_cuda", "_build")
 
+# Not by find_spec: looking for pip switches setuptools' distutils off for the rest of the process.
 pytestmark = pytest.mark.skipif(
-    # By their metadata: a search for pip as a module makes setuptools' own finder give up distutils.
     not (ROOT / ".git").exists() or not {"pip", "setuptools"} <= {found.name for found in metadata.distributions()},
     reason="needs a checkout, pip and setuptools",
 )
@@ -97,7 +97,7 @@ def test_a_wheel_without_extensions_is_for_every_machine(wheel: Path, source: Pa
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         package = {name for name in names if not name.startswith(f"{information}/")}
-        assert package == {name for name in tracked("rl_kernels") if name.endswith((".py", "py.typed", ".json", ".md"))}
+        assert package == {name for name in tracked("rl_kernels") if name.endswith((".py", "py.typed", ".json"))}
         assert f"{information}/licenses/LICENSE" in names
         about = archive.read(f"{information}/WHEEL").decode()
         assert "Root-Is-Purelib: true" in about and "Tag: py3-none-any" in about
