@@ -45,6 +45,7 @@ class Kernel:
         arch: as ``sm_90``.
         registers: a thread.
         spilled_bytes: of registers, a thread.
+        spills_in_loop: instructions in the main loop that move spilled registers.
         shared_bytes: a program.
         products: the matrix instruction in the main loop; empty if there is none.
         register_a: whether that instruction takes its first operand, the mixed weight, from registers.
@@ -62,6 +63,7 @@ class Kernel:
     arch: str
     registers: int
     spilled_bytes: int
+    spills_in_loop: int
     shared_bytes: int
     products: str
     register_a: bool
@@ -306,6 +308,7 @@ def look(compiled: Any, name: str, variant: str, config: str, arch: str) -> Kern
         arch=arch,
         registers=int(resources[1]),
         spilled_bytes=int(resources[2]),
+        spills_in_loop=len(re.findall(r"\b(?:LDL|STL)\b", loop)),
         shared_bytes=compiled.metadata.shared,
         products=products[0] if products else "",
         register_a=products is not None and "UTC" not in products[0] and (not first or first[1].startswith("R")),
@@ -329,14 +332,15 @@ def _load_bytes(modifiers: str) -> int:
 
 
 def main_loop(code: str) -> str:
-    """The innermost loop around matrix instructions, of the disassembly; all of it where there is none."""
+    """The innermost loop around products (of matrices, if there are any), disassembled; all of it without a loop."""
     lines = code.splitlines()
     labels = {line.strip().rstrip(":"): number for number, line in enumerate(lines) if line.strip().endswith(":")}
+    product = MATRIX_INSTRUCTION if re.search(MATRIX_INSTRUCTION, code) else r"\bFFMA\b"
     loops = []
     for number, line in enumerate(lines):
         target = re.search(r"BRA\S*\s.*?`\((\.L_x_\d+)\)", line)
         if target and labels.get(target[1], number) < number:
             body = "\n".join(lines[labels[target[1]] : number])
-            if re.search(MATRIX_INSTRUCTION, body):
+            if re.search(product, body):
                 loops.append(body)
     return min(loops, key=len, default=code)
