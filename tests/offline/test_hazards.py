@@ -140,7 +140,7 @@ def test_a_serialised_kernel_is_what_ptxas_warns_of(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_them() -> None:
-    of_none = offline.Kernel("product_kernel", "op", "first", "sm_90", 1, 0, 0, "HGMMA", True, 0, 16, (), False, {})
+    of_none = offline.Kernel("product_kernel", "op", "first", "sm_90", 1, 0, 0, 0, "HGMMA", True, 0, 16, (), False, {})
     racing = replace(of_none, config="second", hazards=("one", "another"))
     serialised = replace(of_none, config="third", serialised=True)
     kernels = [of_none, racing, serialised, replace(of_none, products="HMMA"), replace(of_none, register_a=False)]
