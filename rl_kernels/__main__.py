@@ -28,6 +28,26 @@ COMMANDS = {
         "rl_kernels.commands.plan:plan_command",
         "Show which blocks of a named model would be replaced.",
     ),
+    "train": (
+        "rl_kernels.commands.systems:train_command",
+        "Train a paper's system: what a preset, a file and settings say.",
+    ),
+    "resume": (
+        "rl_kernels.commands.systems:resume_command",
+        "Go on with a run that was stopped or killed.",
+    ),
+    "eval": (
+        "rl_kernels.commands.systems:eval_command",
+        "Evaluate a run's checkpoint.",
+    ),
+    "compare": (
+        "rl_kernels.commands.systems:compare_command",
+        "Compare runs over seeds; or carry out an experiment.",
+    ),
+    "report": (
+        "rl_kernels.commands.systems:report_command",
+        "Write one HTML page about runs.",
+    ),
     "qualify": (
         "rl_kernels.qualify.command:qualify_command",
         "Check and time every kernel here, and enable those that win.",

@@ -1,4 +1,4 @@
-"""The two small networks of the demo: a residual CNN and a vision transformer for 8x8 images.
+"""Two small networks: a residual CNN, as ResNet-20 for CIFAR is one, and a vision transformer.
 
 Both keep their equal-shaped blocks in one ``nn.Sequential`` named ``blocks``, and know nothing of replacement:
 :func:`rl_kernels.plan` finds the blocks by itself.
@@ -52,14 +52,17 @@ class DigitsResNet(nn.Module):
         width: channels of the stem and of the first stage.
         depths: residual blocks of each stage.
         classes: number of classes.
+        in_channels: of the images.
 
-    Shapes: ``(B, 1, H, W)`` -> logits ``(B, classes)``.
+    Shapes: ``(B, in_channels, H, W)`` -> logits ``(B, classes)``.
     """
 
-    def __init__(self, width: int = 16, depths: Sequence[int] = (6, 6), classes: int = 10) -> None:
+    def __init__(
+        self, width: int = 16, depths: Sequence[int] = (6, 6), classes: int = 10, in_channels: int = 1
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
         blocks = []
         channels = width
@@ -110,8 +113,9 @@ class DigitsViT(nn.Module):
         depth: number of blocks.
         heads: attention heads of a block; divides ``dim``.
         classes: number of classes.
+        in_channels: of the images.
 
-    Shapes: ``(B, 1, image_size, image_size)`` -> logits ``(B, classes)``.
+    Shapes: ``(B, in_channels, image_size, image_size)`` -> logits ``(B, classes)``.
     """
 
     def __init__(
@@ -122,10 +126,11 @@ class DigitsViT(nn.Module):
         depth: int = 9,
         heads: int = 4,
         classes: int = 10,
+        in_channels: int = 1,
     ) -> None:
         super().__init__()
         tokens = 1 + (image_size // patch_size) ** 2
-        self.patches = nn.Conv2d(1, dim, patch_size, stride=patch_size)
+        self.patches = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         # As large as the patches' own embedding, not ViT's 0.02: with so few steps, place must count from the start.
         self.positions = nn.Parameter(torch.randn(1, tokens, dim))

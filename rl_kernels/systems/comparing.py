@@ -1,0 +1,237 @@
+"""Runs side by side: mean and deviation over seeds, and paired differences with their intervals.
+
+A difference is between runs of one seed, which share initial weights (of what both have) and the order of images. Its
+interval is Student's, at 95 %. Where it holds zero, or where there are fewer than two pairs, nothing is said to be
+better.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl_kernels.systems.runner import folder as files
+from rl_kernels.systems.runner.folder import RunError
+
+CONFIDENCE = 0.95
+SCORES = ("accuracy", "map", "map_50")
+"""The figure that a system is judged by: the first of these that its runs have. More is better."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where it lies.
+        seed: of it.
+        run: ``run.json``.
+        metrics: ``metrics.json``.
+        epochs: the log's lines of epochs.
+    """
+
+    folder: Path
+    seed: int
+    run: dict[str, Any]
+    metrics: dict[str, Any]
+    epochs: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one config with several seeds.
+
+    Attributes:
+        label: a folder's name.
+        runs: by seed.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def values(self, figure: str) -> list[float]:
+        """Return a figure of every run that has it."""
+        found = (run.metrics.get(figure) for run in self.runs)
+        return [value for value in found if value is not None]
+
+    def mean(self, figure: str) -> float | None:
+        values = self.values(figure)
+        return statistics.fmean(values) if values else None
+
+    def deviation(self, figure: str) -> float | None:
+        values = self.values(figure)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of one group minus that of another, over the seeds that both have.
+
+    Attributes:
+        mean: of the pairs.
+        low: end of the interval; None with fewer than two pairs.
+        high: the other end.
+        pairs: how many.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+    @property
+    def seen(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+def load_groups(folders: Iterable[Path]) -> list[Group]:
+    """Read runs: each folder is a run, or holds runs (of several seeds), or folders of those.
+
+    Raises:
+        RunError: a folder without a finished run, or groups of one name.
+    """
+    groups: list[Group] = []
+    for folder in folders:
+        groups += _groups(Path(folder))
+    labels = [group.label for group in groups]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise RunError(f"compare: two groups are called {', '.join(twice)}: rename a folder")
+    return groups
+
+
+def _groups(folder: Path) -> list[Group]:
+    if (folder / files.RUN).exists():
+        return [Group(folder.resolve().name, (_read(folder),))]
+    inner = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    own = [path for path in inner if (path / files.RUN).exists()]
+    if own:
+        runs = sorted((_read(path) for path in own), key=lambda run: run.seed)
+        _check_alike(folder, runs)
+        return [Group(folder.resolve().name, tuple(runs))]
+    found = [group for path in inner for group in (_groups(path) if _holds_runs(path) else [])]
+    if not found:
+        raise RunError(f"compare: {folder} holds no run")
+    return found
+
+
+def _holds_runs(folder: Path) -> bool:
+    return any(True for _ in folder.rglob(files.RUN))
+
+
+def _read(folder: Path) -> Run:
+    run = files.read_json(folder / files.RUN)
+    if not (folder / files.METRICS).exists():
+        raise RunError(f"compare: {folder} is not finished: `python -m rl_kernels resume {folder}`")
+    metrics = files.read_json(folder / files.METRICS)
+    epochs = tuple(line for line in files.read_log(folder) if line["event"] == "epoch")
+    return Run(folder, run["config"]["seed"], run, metrics, epochs)
+
+
+def _check_alike(folder: Path, runs: Sequence[Run]) -> None:
+    configs = [{**run.run["config"], "seed": None, "system": run.run["system"]} for run in runs]
+    if any(config != configs[0] for config in configs):
+        raise RunError(f"compare: the runs in {folder} differ in more than their seeds: give each a folder of its own")
+
+
+def difference(group: Group, baseline: Group, figure: str) -> Difference | None:
+    """Compare two groups over the seeds that both have; None without any."""
+    theirs = {run.seed: run.metrics.get(figure) for run in baseline.runs}
+    pairs = [
+        run.metrics[figure] - theirs[run.seed]
+        for run in group.runs
+        if run.metrics.get(figure) is not None and theirs.get(run.seed) is not None
+    ]
+    if not pairs:
+        return None
+    mean = statistics.fmean(pairs)
+    if len(pairs) < 2:
+        return Difference(mean, None, None, len(pairs))
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    return Difference(mean, mean - half, mean + half, len(pairs))
+
+
+def score_of(groups: Sequence[Group]) -> str:
+    """Return the figure that these groups are judged by."""
+    for figure in SCORES:
+        if all(group.values(figure) for group in groups):
+            return figure
+    raise RunError(f"compare: the runs have no common figure of {', '.join(SCORES)}")
+
+
+HEADINGS = ("", "seeds", "{score} %", "difference", "interval", "parameters", "optimizer", "peak", "ms a step")
+
+
+def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows; differences are against the first group, in points of a percent."""
+    score = score_of(groups)
+    rows = []
+    for number, group in enumerate(groups):
+        mean, deviation = group.mean(score), group.deviation(score)
+        assert mean is not None
+        against = difference(group, groups[0], score) if number else None
+        rows.append(
+            [
+                group.label,
+                str(len(group.runs)),
+                f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"),
+                ""
+                if against is None
+                else f"{100 * against.mean:+.2f}" + ("" if against.seen else " (inside the noise)"),
+                "" if against is None or against.low is None else _interval(against),
+                _count(group.mean("parameters")),
+                _mebibytes(group.mean("optimizer_bytes")),
+                _mebibytes(group.mean("peak_bytes")),
+                _milliseconds(group.mean("step_seconds")),
+            ]
+        )
+    return [heading.format(score=score) for heading in HEADINGS], rows
+
+
+def _points(against: Difference) -> str:
+    return f"{100 * against.mean:+.2f}" + ("" if against.seen else " (inside the noise)")
+
+
+def _interval(against: Difference) -> str:
+    assert against.low is not None and against.high is not None
+    return f"{100 * against.low:+.2f} .. {100 * against.high:+.2f}"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _mebibytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 2**20:.2f} MiB"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{1e3 * value:.1f}"
+
+
+def as_record(groups: Sequence[Group]) -> dict[str, Any]:
+    """Return everything that was compared as plain values, for a JSON file."""
+    score = score_of(groups)
+    recorded = []
+    for number, group in enumerate(groups):
+        against = difference(group, groups[0], score) if number else None
+        recorded.append(
+            {
+                "label": group.label,
+                "config": {**group.runs[0].run["config"], "seed": [run.seed for run in group.runs]},
+                "metrics": [run.metrics for run in group.runs],
+                "curves": [list(run.epochs) for run in group.runs],
+                "difference": None
+                if against is None
+                else {"mean": against.mean, "low": against.low, "high": against.high, "pairs": against.pairs},
+            }
+        )
+    first = groups[0].runs[0].run
+    kept = {key: first.get(key) for key in ("system", "versions", "commit", "machine", "backend", "data", "begun")}
+    return {"score": score, "confidence": CONFIDENCE, **kept, "groups": recorded}

@@ -1,0 +1,624 @@
+"""The loop: from a config and an empty folder to final figures, and on from a checkpoint to the same ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import rl_kernels as rl
+from rl_kernels._machine import machine, versions
+from rl_kernels.conversion.zoo import import_timm, import_torchvision
+from rl_kernels.nn.coefficients import Coefficients
+from rl_kernels.systems import config as configs
+from rl_kernels.systems.config import Config
+from rl_kernels.systems.contract import Built, System
+from rl_kernels.systems.data import loading, sets
+from rl_kernels.systems.networks import ImageShape
+from rl_kernels.systems.registry import system as system_of
+from rl_kernels.systems.runner import folder as files
+from rl_kernels.systems.runner.folder import RunError
+from rl_kernels.systems.runner.record import Record, cut_log
+from rl_kernels.systems.runner.state import FORMAT, Progress, load_state, save_state
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class Stopped(Exception):
+    """A run that was asked to stop by a signal, and has written where it is.
+
+    Attributes:
+        code: that a process ends with when this signal has ended it.
+    """
+
+    def __init__(self, number: int, folder: Path, step: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} after step {step}; go on with: "
+            f"python -m rl_kernels resume {folder}"
+        )
+        self.code = 128 + number
+
+
+def train(system: System[Any], config: Config, folder: Path, *, show: bool = True) -> dict[str, Any]:
+    """Train from the beginning.
+
+    Args:
+        system: whose model and loss.
+        config: of the system's own class.
+        folder: a new or empty one.
+        show: progress on standard error.
+
+    Returns:
+        The final figures, as ``metrics.json`` has them.
+
+    Raises:
+        RunError: the folder cannot be used, or a file in it cannot be written.
+        Stopped: a signal asked for it; everything is written.
+        ValueError, FileNotFoundError, ImportError: the config cannot be carried out; before the first step.
+    """
+    return _Run(system, config, folder, resumed=False, show=show).go()
+
+
+def resume(folder: Path, *, show: bool = True) -> dict[str, Any]:
+    """Go on with a run that was stopped or killed, from its last checkpoint; a finished run says its figures again.
+
+    Raises:
+        RunError: no run is there, or its files do not belong together.
+        Stopped: as of :func:`train`.
+    """
+    if (folder / files.METRICS).exists():
+        return files.read_json(folder / files.METRICS)
+    system, config = read_run(folder)
+    return _Run(system, config, folder, resumed=True, show=show).go()
+
+
+def read_run(folder: Path) -> tuple[System[Any], Config]:
+    """Return the system and the config of the run in ``folder``.
+
+    Raises:
+        RunError: there is none, or one that this version does not know.
+    """
+    run = files.read_json(folder / files.RUN)
+    try:
+        system = system_of(run["system"])
+        return system, configs.parse(system.config, run["config"])
+    except (KeyError, ValueError) as error:
+        raise RunError(f"{folder / files.RUN}: {error}") from error
+
+
+def evaluate(folder: Path, *, checkpoint: str = "last", data: str | None = None) -> dict[str, Any]:
+    """Evaluate a run's checkpoint on test images.
+
+    Args:
+        folder: of the run.
+        checkpoint: ``"last"`` or ``"best"``.
+        data: another data set's name or folder, with as many classes; None for the run's own.
+
+    Returns:
+        ``loss``, ``accuracy``, ``images`` and the checkpoint's ``epoch``; those of the average weights, too.
+    """
+    system, config = read_run(folder)
+    run = _Run(system, config, folder, resumed=True, show=False)
+    content = run.read_checkpoint(folder / f"{checkpoint}.pt")
+    if content is None:
+        raise RunError(f"{folder / f'{checkpoint}.pt'}: not there")
+    return run.evaluate_only(content, data)
+
+
+class _Run:
+    """One run, in one process of it."""
+
+    def __init__(self, system: System[Any], config: Config, folder: Path, *, resumed: bool, show: bool) -> None:
+        import_torchvision()  # Before Fabric, which imports it where torchmetrics is installed.
+        self.system, self.config, self.folder, self.resumed, self.show = system, config, folder, resumed, show
+        self.signal = 0
+
+    def go(self) -> dict[str, Any]:
+        config = self.config
+        if not self.resumed and not _launched_by_another():
+            files.make_folder(self.folder)
+        data = sets.load(config.data.name, config.data.root, config.data.download)
+        fabric = self._fabric()
+        sha256 = data.sha256
+        shape = self._prepare_data(data)
+        if fabric.is_global_zero and not self.resumed:
+            files.write_json(self.folder / files.RUN, self._described(sha256))
+        fabric.barrier()
+        if self.resumed and (recorded := files.read_json(self.folder / files.RUN)["data"]["sha256"]) != sha256:
+            raise RunError(f"data: {data.name} has sha256 {sha256}, expected {recorded} as when the run began")
+
+        with self._signals():
+            self._prepare_model(fabric, shape)
+            content = self.read_checkpoint(self.folder / files.LAST) if self.resumed else None
+            progress = Progress()
+            if content is not None:
+                progress = load_state(content, self.bare, self.optimizer, self._average(), self.sharded)
+                del content
+            if self.resumed and fabric.is_global_zero:
+                cut_log(self.folder, progress.step, progress.evaluated if progress.step else -1)
+            fabric.barrier()
+            return self._train(fabric, progress)
+
+    def evaluate_only(self, content: dict[str, Any], name: str | None) -> dict[str, Any]:
+        config = self.config
+        data = sets.load(name or config.data.name, config.data.root, config.data.download)
+        own = data if name is None else sets.load(config.data.name, config.data.root, config.data.download)
+        torch.manual_seed(config.seed)
+        shape = self._prepare_data(own)
+        if len(data.classes) != shape.classes:
+            raise ValueError(f"data: got {len(data.classes)} classes of {data.name}, expected {shape.classes}")
+        self.tests = loading.pictures(config.data, data.test, shape.size, shape.channels, training=False)
+        fabric = self._fabric(alone=True)
+        built = self.system.build(config, shape)
+        self.sharded, self.averaged = False, None
+        self.bare = built.model
+        self.model = fabric.setup_module(built.model)
+        if config.ema is not None:
+            self.averaged = self._ema(built.model, config.ema)
+        load_state(content, self.bare, None, self._average(), False)
+        figures = self._evaluate(fabric, self.model, self.tests)
+        found = {"epoch": content["progress"]["evaluated"], "images": len(self.tests), **figures}
+        if self.averaged is not None:
+            found |= {f"{key}_ema": value for key, value in self._evaluate(fabric, self._average(), self.tests).items()}
+        return found
+
+    def read_checkpoint(self, path: Path) -> dict[str, Any] | None:
+        """The content of a checkpoint of this run; None if it was never written."""
+        if not path.exists():
+            return None
+        content = files.read_checkpoint(path)
+        if content.get("format") != FORMAT:
+            raise RunError(f"{path}: got format {content.get('format')}, expected {FORMAT}")
+        mine, theirs = (
+            configs.flat_dict(self.config),
+            configs.flat_dict(configs.parse(self.system.config, content["config"])),
+        )
+        differing = [f"{key} was {theirs[key]!r}, is {mine[key]!r}" for key in mine if mine[key] != theirs[key]]
+        if differing:
+            raise RunError(f"{path}: of another config than {files.RUN}: {'; '.join(differing)}")
+        return content
+
+    def _fabric(self, alone: bool = False) -> Fabric:
+        """Lightning Fabric, launched: from here on there may be several processes."""
+        try:
+            from lightning_fabric import Fabric
+            from lightning_fabric.strategies import ModelParallelStrategy
+        except ImportError as error:
+            raise ImportError("training needs Lightning Fabric: make systems, or rl_kernels[systems]") from error
+        runtime = self.config.runtime
+        if runtime.threads is not None:
+            torch.set_num_threads(runtime.threads)
+        torch.use_deterministic_algorithms(runtime.deterministic)
+        strategy: Any = runtime.strategy
+        if strategy == "fsdp2":
+            strategy = ModelParallelStrategy(self._shard)
+        elif strategy == "auto" and runtime.devices > 1:
+            strategy = "ddp"
+        fabric = Fabric(
+            accelerator=runtime.accelerator,
+            devices=1 if alone else runtime.devices,
+            strategy="auto" if alone else strategy,
+            precision=runtime.precision,  # type: ignore[arg-type]
+        )
+        fabric.launch()
+        return fabric
+
+    def _shard(self, model: nn.Module, mesh: Any) -> nn.Module:
+        if self.built.plan is None:
+            from torch.distributed.fsdp import fully_shard
+
+            return fully_shard(model, mesh=mesh["data_parallel"])
+        return rl.distributed.shard(model, self.built.plan, mesh=mesh["data_parallel"])
+
+    def _prepare_data(self, data: sets.ImageSet) -> ImageShape:
+        config = self.config
+        size = config.data.size or data.size or 224
+        trained, held = sets.limited(data, config.data.limit).train, None
+        if config.data.validation:
+            trained, held = sets.hold_out(trained, config.data.validation, config.seed)
+        if len(trained) < config.batch_size:
+            raise ValueError(
+                f"batch_size: got {config.batch_size}, expected at most {len(trained)}, the number of training images"
+            )
+        mean, std = loading.statistics_of(trained, data.channels)
+        self.mean, self.std = (each.reshape(1, -1, 1, 1) for each in (mean, std))
+        make = lambda images, training: loading.pictures(config.data, images, size, data.channels, training)  # noqa: E731
+        self.training, self.tests = make(trained, True), make(data.test, False)
+        self.validation = None if held is None else make(held, False)
+        self.steps = len(trained) // config.batch_size
+        self.shape = ImageShape(data.channels, size, len(data.classes))
+        return self.shape
+
+    def _prepare_model(self, fabric: Fabric, shape: ImageShape) -> None:
+        config, runtime = self.config, self.config.runtime
+        torch.manual_seed(config.seed)
+        self.sharded = runtime.strategy == "fsdp2"
+        if self.sharded and config.ema is not None:
+            raise ValueError(f"ema: got {config.ema} with runtime.strategy='fsdp2', expected null")
+        self.built: Built = self.system.build(config, shape)
+        self.bare = self.built.model
+        self.parameters = sum(parameter.numel() for parameter in self.bare.parameters())
+        self.trainable = sum(p.numel() for p in self.bare.parameters() if p.requires_grad)
+        self.coefficients = sum(
+            p.numel() for m in self.bare.modules() if isinstance(m, Coefficients) for p in m.parameters()
+        )
+        if runtime.channels_last:
+            self.bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if runtime.compile:
+            self.bare.compile()
+        self.averaged = None if config.ema is None else self._ema(self.bare, config.ema)
+        self.model = fabric.setup_module(self.bare)
+        optimizer = make_optimizer(config, self.bare, fused=not self.sharded)
+        rl.check(self.bare, optimizer)
+        self.schedule = make_schedule(config, optimizer, self.steps * config.epochs)
+        self.optimizer = optimizer
+        self.wrapped = fabric.setup_optimizers(optimizer)
+        if self.averaged is not None:
+            self.averaged.to(fabric.device)
+        self.mixing = make_mixing(config, shape.classes)
+
+    def _ema(self, model: nn.Module, decay: float) -> nn.Module:
+        import_timm()
+        from timm.utils import ModelEmaV3
+
+        return ModelEmaV3(model, decay=decay)
+
+    def _average(self) -> nn.Module | None:
+        return None if self.averaged is None else self.averaged.module  # type: ignore[return-value]
+
+    def _train(self, fabric: Fabric, progress: Progress) -> dict[str, Any]:
+        config = self.config
+        total = self.steps * config.epochs
+        zero = fabric.is_global_zero
+        with Record(
+            self.folder if zero else None,
+            total,
+            progress.step,
+            config.batch_size,
+            show=self.show and zero,
+            tensorboard=config.runtime.tensorboard,
+        ) as record:
+            if progress.step:
+                record.say(f"going on after step {progress.step} of {total}")
+            elif config.model.weights is not None:  # What they are worth here, before anything is learnt.
+                record.epoch({"epoch": 0, "step": 0, **self._scores(fabric), "seconds": 0.0})
+            while progress.evaluated < config.epochs:
+                self._finish_epoch(fabric, progress, record)
+        metrics = self._metrics(fabric, progress)
+        if zero:
+            files.write_json(self.folder / files.METRICS, metrics)
+        fabric.barrier()
+        return metrics
+
+    def _finish_epoch(self, fabric: Fabric, progress: Progress, record: Record) -> None:
+        """Do what is left of an epoch, evaluate it and write a checkpoint."""
+        config = self.config
+        started, before = time.perf_counter(), progress.seconds
+        epoch = progress.evaluated
+        order = loading.Order(
+            len(self.training),
+            config.batch_size,
+            config.seed,
+            epoch,
+            progress.step - epoch * self.steps,
+            fabric.global_rank,
+            fabric.world_size,
+            shuffled=True,
+        )
+        if len(order):
+            for batch in loading.loader(self.training, order, config.data.workers, fabric.device.type == "cuda"):
+                self._update(fabric, progress, record, batch)
+                progress.seconds = before + time.perf_counter() - started
+                self._stop_if_asked(fabric, progress)
+        losses = progress.loss_sum / self.steps
+        line: dict[str, Any] = {"epoch": epoch + 1, "step": progress.step, "train_loss": losses}
+        scores = self._scores(fabric)
+        progress.seconds = before + time.perf_counter() - started
+        record.epoch({**line, **scores, "seconds": progress.seconds})
+        progress.evaluated, progress.loss_sum = epoch + 1, 0.0
+        accuracy = next(value for key, value in scores.items() if key.endswith("accuracy"))
+        better = accuracy > progress.best
+        progress.best = max(progress.best, accuracy)
+        content = self._checkpoint(fabric, progress)
+        if fabric.is_global_zero:
+            if better:
+                files.write_checkpoint(self.folder / files.BEST, content)
+            files.write_checkpoint(self.folder / files.LAST, content)
+        self._stop_if_asked(fabric, progress, written=True)
+
+    def _scores(self, fabric: Fabric) -> dict[str, float]:
+        """Loss and accuracy, of the average weights as well, on the images by which the best epoch is chosen."""
+        kind, scored = ("test", self.tests) if self.validation is None else ("validation", self.validation)
+        scores = {f"{kind}_{key}": value for key, value in self._evaluate(fabric, self.model, scored).items()}
+        average = self._average()
+        if average is not None:
+            of_average = self._evaluate(fabric, average, scored)
+            scores |= {f"{kind}_{key}_ema": value for key, value in of_average.items()}
+        return scores
+
+    def _update(self, fabric: Fabric, progress: Progress, record: Record, batch: loading.Batch) -> None:
+        config = self.config
+        started = time.perf_counter()
+        self.schedule.step_update(progress.step)
+        seed_all(config.seed, progress.step, fabric.global_rank)
+        self.model.train()
+        images, targets = self._on_device(fabric, batch)
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets)
+        loss = torch.zeros((), device=fabric.device)
+        parts = list(zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True))
+        for number, (some, their) in enumerate(parts):
+            with self._unsynchronised(fabric, number + 1 < len(parts)):
+                part = self.system.loss(config, self.model, some, their) / len(parts)
+                fabric.backward(part)
+            loss += part.detach()
+        if config.optimizer.clip is not None:
+            fabric.clip_gradients(self.model, self.wrapped, max_norm=config.optimizer.clip)
+        self.wrapped.step()
+        self.wrapped.zero_grad()
+        if self.averaged is not None:
+            self.averaged.update(self.bare)  # type: ignore[operator]
+        value = float(fabric.all_reduce(loss, reduce_op="mean"))  # type: ignore[arg-type]
+        progress.step += 1
+        progress.loss_sum += value
+        epoch = (progress.step - 1) // self.steps + 1
+        rate = self.optimizer.param_groups[0]["lr"]
+        seconds = time.perf_counter() - started
+        record.step({"epoch": epoch, "step": progress.step, "loss": value, "learning_rate": rate, "seconds": seconds})
+
+    def _unsynchronised(self, fabric: Fabric, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        if not wanted or fabric.world_size == 1:
+            return contextlib.nullcontext()
+        return fabric.no_backward_sync(self.model)
+
+    def _on_device(self, fabric: Fabric, batch: loading.Batch) -> tuple[Tensor, Tensor]:
+        """The images as the model takes them, standardised, and their labels."""
+        device = fabric.device
+        pixels, labels = (each.to(device, non_blocking=True) for each in batch)
+        images = (pixels.float() / 255 - self.mean.to(device)) / self.std.to(device)
+        if self.config.runtime.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
+
+    @torch.no_grad()
+    def _evaluate(self, fabric: Fabric, model: nn.Module | None, pictures: loading.Pictures) -> dict[str, float]:
+        """Mean cross-entropy and accuracy, over all processes."""
+        from torchmetrics.aggregation import MeanMetric
+        from torchmetrics.classification import MulticlassAccuracy
+
+        assert model is not None
+        accuracy = MulticlassAccuracy(self.shape.classes, average="micro", ignore_index=loading.IGNORED).to(
+            fabric.device
+        )
+        loss = MeanMetric().to(fabric.device)
+        order = loading.Order(
+            len(pictures), self.config.batch_size, 0, 0, 0, fabric.global_rank, fabric.world_size, shuffled=False
+        )
+        model.eval()
+        for batch in loading.loader(pictures, order, self.config.data.workers, fabric.device.type == "cuda"):
+            images, labels = self._on_device(fabric, batch)
+            counted = int((labels != loading.IGNORED).sum())
+            logits = model(images).float()
+            if counted:
+                accuracy.update(logits, labels)
+                loss.update(nn.functional.cross_entropy(logits, labels, ignore_index=loading.IGNORED), weight=counted)
+        return {"loss": float(loss.compute()), "accuracy": float(accuracy.compute())}
+
+    def _checkpoint(self, fabric: Fabric, progress: Progress) -> dict[str, Any]:
+        del fabric
+        plain = configs.as_dict(self.config)
+        return save_state(self.bare, self.optimizer, self._average(), progress, plain, self.sharded)
+
+    def _stop_if_asked(self, fabric: Fabric, progress: Progress, written: bool = False) -> None:
+        """Write a checkpoint where one is due, or before the run ends because a signal came."""
+        every = self.config.runtime.checkpoint_steps
+        due = every is not None and progress.step % every == 0
+        number = self.signal
+        if fabric.world_size > 1:  # A signal may reach one process only.
+            number = int(fabric.all_reduce(torch.tensor(float(number), device=fabric.device), reduce_op="sum"))  # type: ignore[arg-type]
+            number = signal.SIGTERM if number else 0
+        if not (number or due):
+            return
+        if not written:
+            content = self._checkpoint(fabric, progress)
+            if fabric.is_global_zero:
+                files.write_checkpoint(self.folder / files.LAST, content)
+        fabric.barrier()
+        if number:
+            raise Stopped(number, self.folder, progress.step)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and SIGINT are noticed after a step; a second one ends the process at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            if self.signal:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # Not the main thread, which alone may ask.
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _described(self, sha256: str) -> dict[str, Any]:
+        config = self.config
+        return {
+            "system": self.system.name,
+            "config": configs.as_dict(config),
+            "versions": versions("torchvision", "timm", "lightning_fabric", "numpy"),
+            "commit": commit(),
+            "machine": machine(),
+            "backend": os.environ.get("RL_KERNELS_BACKEND", "auto"),
+            "data": {
+                "name": config.data.name,
+                "sha256": sha256,
+                "training_images": len(self.training),
+                "validation_images": 0 if self.validation is None else len(self.validation),
+                "test_images": len(self.tests),
+            },
+            "begun": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def _metrics(self, fabric: Fabric, progress: Progress) -> dict[str, Any]:
+        """The final figures: of the last epoch, on test images, which nothing was chosen by."""
+        test = self._evaluate(fabric, self.model, self.tests)
+        average = self._average()
+        of_average = {} if average is None else self._evaluate(fabric, average, self.tests)
+        steps = [line["seconds"] for line in files.read_log(self.folder) if line["event"] == "step"]
+        return {
+            "accuracy": test["accuracy"],
+            "loss": test["loss"],
+            **{f"{key}_ema": value for key, value in of_average.items()},
+            "parameters": self.parameters,
+            "trainable_parameters": self.trainable,
+            "coefficients": self.coefficients,
+            "optimizer_bytes": optimizer_bytes(self.optimizer),
+            "peak_bytes": self._peak(fabric),
+            "step_seconds": statistics.median(steps) if steps else None,
+            "images_per_second": self.config.batch_size / statistics.median(steps) if steps else None,
+            "seconds": progress.seconds,
+            "epochs": self.config.epochs,
+            "steps": progress.step,
+        }
+
+    def _peak(self, fabric: Fabric) -> int | None:
+        """The most memory that one more step holds; None where several CPU processes share it."""
+        if fabric.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(fabric.device)
+        if fabric.world_size > 1:
+            return None
+        held = sum(tensor.nbytes for tensor in (*self.bare.parameters(), *self.bare.buffers()))
+        held += optimizer_bytes(self.optimizer)
+        average = self._average()
+        held += 0 if average is None else sum(tensor.nbytes for tensor in average.state_dict().values())
+        some = [(index, 0) for index in range(self.config.batch_size // self.config.accumulate)]
+        images, labels = self._on_device(fabric, self.training.__getitems__(some))
+
+        def step() -> None:
+            fabric.backward(self.system.loss(self.config, self.model.train(), images, labels))
+            self.wrapped.step()
+            self.wrapped.zero_grad()
+
+        return held + images.nbytes + rl_peak(step)
+
+
+def rl_peak(step: Any) -> int:
+    """``rl_kernels.testing.peak_memory`` on the CPU."""
+    from rl_kernels.testing import peak_memory
+
+    return peak_memory(step, "cpu")
+
+
+def seed_all(seed: int, step: int, rank: int) -> None:
+    """Seed what a step may draw from: torch, numpy (timm's mixup) and Python."""
+    drawn = loading.mixed_seed(seed, step, rank, 1)
+    torch.manual_seed(drawn)
+    np.random.seed(drawn % 2**32)
+    random.seed(drawn)
+
+
+def make_optimizer(config: Config, model: nn.Module, fused: bool) -> torch.optim.Optimizer:
+    """Make the optimizer: matrices and filters decay, biases and norms do not, coefficients have their own rate."""
+    wanted = config.optimizer
+    mixing = {id(p) for module in model.modules() if isinstance(module, Coefficients) for p in module.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {
+            "params": [p for p in trained if p.ndim >= 2 and id(p) not in mixing],
+            "weight_decay": wanted.weight_decay,
+            "lr": wanted.learning_rate,
+        },
+        {
+            "params": [p for p in trained if p.ndim < 2 and id(p) not in mixing],
+            "weight_decay": 0.0,
+            "lr": wanted.learning_rate,
+        },
+        {
+            "params": [p for p in trained if id(p) in mixing],
+            "weight_decay": 0.0,
+            "lr": wanted.learning_rate * wanted.coefficient_factor,
+        },
+    ]
+    filled = [group for group in groups if group["params"]]
+    if wanted.name == "adamw":
+        return torch.optim.AdamW(filled, lr=wanted.learning_rate, fused=fused)
+    return torch.optim.SGD(
+        filled, lr=wanted.learning_rate, momentum=wanted.momentum, nesterov=wanted.momentum > 0, fused=fused
+    )
+
+
+def make_schedule(config: Config, optimizer: torch.optim.Optimizer, total: int) -> Any:
+    """Make timm's scheduler, whose rates are a function of the step: ``step_update(step)`` before each update."""
+    import_timm()
+    from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+
+    wanted = config.schedule
+    warmup: dict[str, Any] = {
+        "warmup_t": round(wanted.warmup * total),
+        "warmup_lr_init": config.optimizer.learning_rate / 100,
+        "warmup_prefix": False,
+        "t_in_epochs": False,
+    }
+    if wanted.name == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=total, lr_min=0.0, **warmup)
+    milestones = [round(share * total) for share in wanted.milestones] if wanted.name == "multistep" else []
+    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=wanted.decay, **warmup)
+
+
+def make_mixing(config: Config, classes: int) -> Any:
+    """Make timm's mixup and CutMix; None for neither."""
+    if not (config.data.mixup or config.data.cutmix):
+        return None
+    if config.batch_size // config.runtime.devices % 2:
+        raise ValueError(f"batch_size: got {config.batch_size}, expected an even number a process for mixup and cutmix")
+    import_timm()
+    from timm.data.mixup import Mixup
+
+    return Mixup(config.data.mixup, config.data.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the size of an optimizer's state."""
+    entries = (entry for state in optimizer.state.values() for entry in state.values())
+    return sum(entry.nbytes for entry in entries if isinstance(entry, Tensor))
+
+
+def commit() -> str | None:
+    """Return the commit that this package lies at; None where it is no checkout, with a + if something was changed."""
+    here = Path(__file__).parent
+    said = []
+    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+        said.append(done.stdout.strip())
+    return said[0] + ("+" if said[1] else "")
+
+
+def _launched_by_another() -> bool:
+    """Whether this process was started by the first one of its run."""
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0
