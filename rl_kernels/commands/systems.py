@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
-from rl_kernels._tables import simple_table
+from rl_kernels._tables import as_text, simple_table
 
 if TYPE_CHECKING:
     from rl_kernels.systems.comparing import Group
@@ -186,6 +186,8 @@ def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
 
 
 def _print_metrics(metrics: dict[str, object], folder: Path) -> None:
+    if int(os.environ.get("LOCAL_RANK", "0")):  # Of several processes the first one speaks.
+        return
     for name, value in metrics.items():
         click.echo(f"{name} = {value:.6g}" if isinstance(value, float) else f"{name} = {value}")
     click.echo(f"in {folder}")
@@ -197,7 +199,8 @@ def _print_groups(folders: Sequence[Path]) -> list[Group]:
     groups = load_groups(folders)
     headings, rows = table(groups)
     drawn = simple_table("", *headings, numbers=tuple(headings[1:]))
+    drawn.columns[0].no_wrap = True
     for row in rows:
         drawn.add_row(*row)
-    Console().print(drawn)
+    click.echo(as_text(drawn))
     return groups

@@ -113,6 +113,9 @@ def _groups(folder: Path) -> list[Group]:
         runs = sorted((_read(path) for path in own), key=lambda run: run.seed)
         _check_alike(folder, runs)
         return [Group(folder.resolve().name, tuple(runs))]
+    if (folder / files.ORDER).exists():
+        order = files.read_json(folder / files.ORDER)
+        inner.sort(key=lambda path: order.index(path.name) if path.name in order else len(order))
     found = [group for path in inner for group in (_groups(path) if _holds_runs(path) else [])]
     if not found:
         raise RunError(f"compare: {folder} holds no run")
@@ -215,6 +218,16 @@ def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{1e3 * value:.1f}"
 
 
+def _without_places(group: Group) -> dict[str, Any]:
+    """A group's config, in which folders of this machine are names."""
+    config = {**group.runs[0].run["config"], "seed": [run.seed for run in group.runs]}
+    if (weights := config["model"]["weights"]) is not None:
+        config["model"] = {**config["model"], "weights": Path(weights).parent.name}
+    if config["data"]["root"] is not None:
+        config["data"] = {**config["data"], "root": Path(config["data"]["root"]).name}
+    return config
+
+
 def as_record(groups: Sequence[Group]) -> dict[str, Any]:
     """Return everything that was compared as plain values, for a JSON file."""
     score = score_of(groups)
@@ -224,7 +237,7 @@ def as_record(groups: Sequence[Group]) -> dict[str, Any]:
         recorded.append(
             {
                 "label": group.label,
-                "config": {**group.runs[0].run["config"], "seed": [run.seed for run in group.runs]},
+                "config": _without_places(group),
                 "metrics": [run.metrics for run in group.runs],
                 "curves": [list(run.epochs) for run in group.runs],
                 "difference": None

@@ -168,15 +168,15 @@ class Config:
             _within(name, getattr(self, name), least)
         _within("runtime.devices", self.runtime.devices, 1)
         _within("data.workers", self.data.workers, 0)
-        for name, value in (
+        for name, count in (
             ("model.width", self.model.width),
             ("data.size", self.data.size),
             ("data.limit", self.data.limit),
             ("runtime.threads", self.runtime.threads),
             ("runtime.checkpoint_steps", self.runtime.checkpoint_steps),
         ):
-            if value is not None:
-                _within(name, value, 1)
+            if count is not None:
+                _within(name, count, 1)
         for name, share in (
             ("data.validation", self.data.validation),
             ("schedule.warmup", self.schedule.warmup),
@@ -291,7 +291,7 @@ def parse(kind: type[C], values: Mapping[str, Any]) -> C:
         # YAML reads 1e-3 as text, which the parser would not.
         room[leaf] = _number(value)
     try:
-        made = cast(C, parser.instantiate_classes(parser.parse_object({"config": nested})).config)
+        made = cast(C, parser.instantiate(parser.parse_object({"config": nested})).config)
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise ValueError(f"config: {_short(str(error))}") from None
     made.check()

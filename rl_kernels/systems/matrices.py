@@ -140,8 +140,11 @@ def carry_out(
             told = (*matrix.shared, *filled, *more, f"seed={seed}")
             config = configs.resolve(chosen.config, chosen.presets, matrix.preset, None, told)
             waves[filled != list(settings)][out / label / folder] = config
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / files.ORDER, list(matrix.variants))
     for wave in waves:
-        run_all(chosen, wave, jobs)
+        if wave:
+            run_all(chosen, wave, jobs)
     return [out / label for label in matrix.variants]
 
 

@@ -199,7 +199,7 @@ class ReplacementSystem(System[ReplacementConfig]):
         return rl.plan(
             model,
             every=wanted.every,
-            targets=wanted.targets,  # type: ignore[arg-type]
+            targets=wanted.targets,
             offset=wanted.offset,
             level=wanted.level,
             init=(1.0, 0.0) if wanted.control == "tied" else wanted.init,

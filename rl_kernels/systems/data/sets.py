@@ -88,7 +88,7 @@ def _tensors(
         total.update(labels.numpy().tobytes())
     first = parts[0].pixels
     assert first is not None
-    return ImageSet(name, tuple(classes), *parts, first.shape[1], first.shape[2], total.hexdigest())
+    return ImageSet(name, tuple(classes), parts[0], parts[1], first.shape[1], first.shape[2], total.hexdigest())
 
 
 def _split(pixels: NDArray[Any], labels: NDArray[Any], share: float) -> tuple[Any, Any]:
@@ -247,7 +247,7 @@ def _folder(folder: Path, name: str) -> ImageSet:
         if not files:
             raise FileNotFoundError(f"data: no image in {place}, expected CLASS/*.png or another of {SUFFIXES}")
         parts.append(Images(torch.tensor(labels), files=tuple(files)))
-    return ImageSet(name, tuple(classes), *parts, 3, 0, total.hexdigest())
+    return ImageSet(name, tuple(classes), parts[0], parts[1], 3, 0, total.hexdigest())
 
 
 _HERE: dict[str, Callable[[], ImageSet]] = {

@@ -22,6 +22,8 @@ from typing import IO, Any
 import torch
 
 RUN, LOG, LAST, BEST, METRICS = "run.json", "log.jsonl", "last.pt", "best.pt", "metrics.json"
+ORDER = "order.json"
+"""Beside the folders of an experiment's variants: their names, the one that others are compared with first."""
 
 
 class RunError(RuntimeError):

@@ -205,7 +205,7 @@ class _Run:
         torch.use_deterministic_algorithms(runtime.deterministic)
         strategy: Any = runtime.strategy
         if strategy == "fsdp2":
-            strategy = ModelParallelStrategy(self._shard)
+            strategy = ModelParallelStrategy(self._shard, data_parallel_size=runtime.devices, tensor_parallel_size=1)
         elif strategy == "auto" and runtime.devices > 1:
             strategy = "ddp"
         fabric = Fabric(
@@ -221,7 +221,8 @@ class _Run:
         if self.built.plan is None:
             from torch.distributed.fsdp import fully_shard
 
-            return fully_shard(model, mesh=mesh["data_parallel"])
+            fully_shard(model, mesh=mesh["data_parallel"])
+            return model
         return rl.distributed.shard(model, self.built.plan, mesh=mesh["data_parallel"])
 
     def _prepare_data(self, data: sets.ImageSet) -> ImageShape:
@@ -266,7 +267,7 @@ class _Run:
         rl.check(self.bare, optimizer)
         self.schedule = make_schedule(config, optimizer, self.steps * config.epochs)
         self.optimizer = optimizer
-        self.wrapped = fabric.setup_optimizers(optimizer)
+        self.wrapped: Any = fabric.setup_optimizers(optimizer)
         if self.averaged is not None:
             self.averaged.to(fabric.device)
         self.mixing = make_mixing(config, shape.classes)
