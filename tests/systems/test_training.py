@@ -47,9 +47,11 @@ def test_a_run_leaves_its_files(tiny, folder):
         [files.RUN, files.LOG, files.LAST, files.BEST, files.METRICS]
     )
     assert files.read_json(folder / files.METRICS) == metrics
-    assert metrics["accuracy"] > 0.3, "it learnt nothing"
+    losses = [line["train_loss"] for line in log(folder) if line["event"] == "epoch"]
+    assert losses[0] > losses[1] > losses[2] and losses[2] < 1.9, "it learnt nothing"
     assert metrics["steps"] == 30 and metrics["epochs"] == 3
-    assert metrics["parameters"] == metrics["optimizer_bytes"] // 8 and metrics["coefficients"] == 4
+    assert metrics["coefficients"] == 4
+    assert 0 <= metrics["optimizer_bytes"] - 8 * metrics["parameters"] < 1000, "two moments, and counters of steps"
     assert metrics["peak_bytes"] > 12 * metrics["parameters"] and metrics["step_seconds"] > 0
     run = files.read_json(folder / files.RUN)
     assert run["versions"]["torch"] == torch.__version__ and run["data"]["training_images"] == 320
@@ -303,9 +305,12 @@ def test_networks_of_libraries_fit_the_images():
         networks.build("vit", ImageShape(3, 30, 7))
 
 
-def test_compiled_models_train(tiny, tmp_path):
-    for name, compiled in (("eager", "false"), ("compiled", "true")):
-        train(tiny(f"compile={compiled}", "epochs=1", "limit=32"), tmp_path / name)
+def test_compiled_models_train(tiny, tmp_path, monkeypatch):
+    """By dynamo and autograd's tracing; inductor's own work is tests/transforms' matter, and takes a minute."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend="aot_eager"))
+    for name, chosen in (("eager", "false"), ("compiled", "true")):
+        train(tiny(f"compile={chosen}", "epochs=1", "limit=32"), tmp_path / name)
     (left,), (right,) = ([x["loss"] for x in log(tmp_path / n) if x["event"] == "step"] for n in ("eager", "compiled"))
     assert right == pytest.approx(left, rel=1e-4)
 

@@ -135,14 +135,13 @@ class _Run:
         fabric = self._fabric()
         sha256 = data.sha256
         shape = self._prepare_data(data)
-        if fabric.is_global_zero and not self.resumed:
-            files.write_json(self.folder / files.RUN, self._described(sha256))
-        fabric.barrier()
         if self.resumed and (recorded := files.read_json(self.folder / files.RUN)["data"]["sha256"]) != sha256:
             raise RunError(f"data: {data.name} has sha256 {sha256}, expected {recorded} as when the run began")
 
         with self._signals():
             self._prepare_model(fabric, shape)
+            if fabric.is_global_zero and not self.resumed:
+                files.write_json(self.folder / files.RUN, self._described(sha256))
             content = self.read_checkpoint(self.folder / files.LAST) if self.resumed else None
             progress = Progress()
             if content is not None:
