@@ -8,12 +8,12 @@ from typing import get_args
 import click
 from rich.console import Console
 
+from rl_kernels.conversion.grouping import Granularity
 from rl_kernels.conversion.memory import STATES, Optimizer
 from rl_kernels.conversion.options import Level, Norms, Share
 from rl_kernels.conversion.planner import plan
 from rl_kernels.conversion.targets import NAMED
 from rl_kernels.conversion.zoo import build
-from rl_kernels.nn.coefficients import GRANULARITIES
 
 
 @click.command("plan")
@@ -26,7 +26,7 @@ from rl_kernels.nn.coefficients import GRANULARITIES
 @click.option("--level", type=click.Choice(get_args(Level)), default="auto", show_default=True, help="What counts.")
 @click.option("--targets", type=click.Choice(list(NAMED)), multiple=True, help="Replace these only. Repeatable.")
 @click.option("--norms", type=click.Choice(get_args(Norms)), default="mixed", show_default=True)
-@click.option("--granularity", type=click.Choice(GRANULARITIES), default="scalar", show_default=True)
+@click.option("--granularity", type=click.Choice(get_args(Granularity)), default="scalar", show_default=True)
 @click.option("--share", type=click.Choice(get_args(Share)), help="Coefficients for each.  [default: block]")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Save the plan to this file too.")
 def plan_command(
@@ -39,7 +39,7 @@ def plan_command(
     level: Level,
     targets: tuple[str, ...],
     norms: Norms,
-    granularity: str,
+    granularity: Granularity,
     share: Share | None,
     path: Path | None,
 ) -> None:
@@ -56,7 +56,7 @@ def plan_command(
             offset=offset,
             strict=strict,
             level=level,
-            granularity=granularity,  # type: ignore[arg-type]
+            granularity=granularity,
             share=share,
             norms=norms,
             budget=budget,

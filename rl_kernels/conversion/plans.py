@@ -15,6 +15,7 @@ import torch
 from rl_kernels._moved import renamed, warn
 from rl_kernels.conversion.memory import ASSUMED, STATES, Memory, Optimizer, footprint, table
 from rl_kernels.conversion.options import Options, one_of
+from rl_kernels.nn.coefficients import Granularity as LayerGranularity
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,8 +33,9 @@ Reason = Literal[
     "siblings",
 ]
 
-_FORMAT = 3
-"""1, of version 0.1.0, and 2 know numbers, not bytes; 1 calls a block's ``kept`` parts ``own``. Both are read too."""
+_FORMAT = 4
+"""1, of version 0.1.0, and 2 know numbers, not bytes; 1 calls a block's ``kept`` parts ``own``; 3 knows two neighbours of
+one shape, and one granularity for all layers. All are read too."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class PlannedLayer:
         coefficients: how many numbers are learned in place of them, if it shares them with no other layer.
         kind: the class that takes its place; empty in plans of older formats, which know one for each class.
         stored: how many numbers of the mix are stored while it runs: 0 where a kernel synthesises it.
+        granularity: of the layer that takes its place; None in plans of older formats, for the options'.
     """
 
     path: str
@@ -55,6 +58,7 @@ class PlannedLayer:
     coefficients: int
     kind: str = ""
     stored: int = 0
+    granularity: LayerGranularity | None = None
 
     @property
     def parameters(self) -> int:
@@ -80,12 +84,13 @@ class ReplacedBlock:
         number: in the walk over all blocks, counted from 1.
         path: in the model.
         class_name: of the block.
-        sources: paths of the blocks that it is mixed from: the previous and the next.
+        sources: paths of the blocks that it is mixed from: the previous and the next, then any further ones.
         layers: what is replaced in it.
         kept: what keeps its own parameters.
         coefficients: how many numbers are learned in place of the layers' parameters.
         bytes_saved: how many bytes of parameters fewer it holds after.
         trainable_bytes_saved: the same of the trainable ones.
+        distances: of the sources in blocks, negative before it.
     """
 
     number: int
@@ -97,6 +102,7 @@ class ReplacedBlock:
     coefficients: int
     bytes_saved: int
     trainable_bytes_saved: int
+    distances: tuple[int, ...] = (-1, 1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, also of version 0.1.0."""
@@ -248,10 +254,10 @@ class Plan:
         except json.JSONDecodeError as error:
             raise ValueError(f"text: got no JSON ({error}), expected a plan") from error
         found = fields.pop("format", None) if isinstance(fields, dict) else None
-        if found not in (1, 2, _FORMAT):
-            raise ValueError(f"text: got format {found!r}, expected a plan of format {_FORMAT}, 2 or 1")
+        if found not in (1, 2, 3, _FORMAT):
+            raise ValueError(f"text: got format {found!r}, expected a plan of format {_FORMAT}, 3, 2 or 1")
         try:
-            return _plan_from(fields, with_bytes=found == _FORMAT)
+            return _plan_from(fields, with_bytes=found >= 3)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"text: got a plan that does not read ({type(error).__name__}: {error})") from error
 
@@ -286,6 +292,7 @@ def _plan_from(fields: dict[str, Any], with_bytes: bool) -> Plan:
         planned, kept = tuple(layer(**item) for item in layers), tuple(KeptPart(**item) for item in parts)
         if not with_bytes:
             rest |= _assumed_saving(planned, rest["coefficients"])
+        rest["distances"] = tuple(rest.get("distances", (-1, 1)))
         return ReplacedBlock(sources=tuple(sources), layers=planned, kept=kept, **rest)
 
     if not with_bytes:
@@ -382,12 +389,20 @@ def _totals(plan: Plan) -> Text:
 
     options = plan.options
     unit = plan.level if options.share == "block" else "layer"
-    pairs = f"one pair of coefficients a {unit}" + (" and channel" if options.granularity == "channel" else "")
-    starts = {None: "0.5 each", "fit": "the least-squares fit"}
+    each = {"scalar": "", "channel": " and channel", "projection": ", a pair for each projection of an attention"}
+    each["head"] = ", a pair for each head of an attention"
+    pairs = f"one pair of coefficients a {unit}{each[options.granularity]}"
+    if options.window == 1:
+        default = "0.5 each"
+    else:
+        default = "0.5 each for the nearest two and 0" if options.constraint == "free" else "the same each"
+        pairs = pairs.replace("pair of coefficients", "coefficient for each source", 1).replace("a pair", "one")
+    starts = {None: default, "fit": "the least-squares fit"}
     start = str(options.init) if isinstance(options.init, tuple) else starts[options.init]
     details = [pairs, options.constraint, f"starting from {start}"]
     if options.detach:
-        details.append("no gradient to the " + " or the ".join(("previous", "next")[j] for j in options.detach))
+        names = [("previous", "next")[j % 2] + (f" at distance {j // 2 + 1}" if j > 1 else "") for j in options.detach]
+        details.append("no gradient to the " + " or the ".join(names))
     assumed = f"\nA number is taken for {ASSUMED} bytes: the plan is of an older version, which did not count them."
     return Text(
         f"{len(plan.replaced)} of {plan.blocks} {plan.level}s replaced; {', '.join(details)}.\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from rl_kernels.conversion.carrying import carry, what_would_be_lost
 from rl_kernels.conversion.options import Options
 from rl_kernels.conversion.plans import Plan, PlannedLayer, ReplacedBlock
 from rl_kernels.nn import ReplacementLayer
-from rl_kernels.nn.coefficients import Init, initial_coefficients
+from rl_kernels.nn.coefficients import Granularity, Init, initial_coefficients
 from rl_kernels.nn.standing import paths_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,9 +53,10 @@ def replace(model: Model, plan: Plan) -> Model:
     if not plan.replaced:
         raise ValueError("plan: got one that replaces nothing, expected at least one block")
     sharing = Sharing(model)
-    blocks = [[_find(model, block, layer, sharing) for layer in block.layers] for block in plan.replaced]
+    options = plan.options
+    blocks = [[_find(model, block, layer, options, sharing) for layer in block.layers] for block in plan.replaced]
     _check_apart(blocks)
-    made = {path: layer for items in blocks for path, layer in _make(items, plan.options)}
+    made = {path: layer for items in blocks for path, layer in _make(items, options)}
     put(model, {item.path: item.own for items in blocks for item in items}, made, made)
     return model
 
@@ -85,9 +86,12 @@ class Found:
     kind: type[ReplacementLayer]
     own: nn.Module
     sources: tuple[nn.Module, ...]
+    granularity: Granularity = "scalar"
+    start: Init = None
+    detach: tuple[int, ...] = ()
 
 
-def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: Sharing) -> Found:
+def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, options: Options, sharing: Sharing) -> Found:
     path, *source_paths = (join(where, layer.path) for where in (block.path, *block.sources))
     own = find_layer(model, path, layer.class_name, layer.shapes)
     sources = tuple(layer_at(model, where) for where in source_paths)
@@ -109,7 +113,9 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
         raise ValueError(
             f"model: got {lost}, which would be lost; expected a layer without, or hooks that are registered afterwards"
         )
-    return Found(path, kind, own, sources)
+    granularity: Any = layer.granularity or options.granularity  # Plans of older formats have the latter alone.
+    start, detach = options.start(block.distances), options.detached(block.distances)
+    return Found(path, kind, own, sources, granularity, start, detach)
 
 
 def find_layer(
@@ -151,9 +157,9 @@ def _make(items: Sequence[Found], options: Options) -> Iterator[tuple[str, Repla
     """The new layers of a block with their paths. The first holds the coefficients that the others share."""
     if options.share == "layer":
         for item in items:
-            yield item.path, _with_coefficients(item, options.init, options, instead_of=[item])
+            yield item.path, _with_coefficients(item, item.start, options, instead_of=[item])
         return
-    init: Init = options.init
+    init = items[0].start
     if isinstance(init, str):
         pairs = [pair for item in items for pair in item.kind.fit_pairs(item.own, item.sources)]
         init = initial_coefficients(init, len(items[0].sources), None, options.constraint, pairs)
@@ -161,7 +167,7 @@ def _make(items: Sequence[Found], options: Options) -> Iterator[tuple[str, Repla
     yield items[0].path, first
     for item in items[1:]:
         borrowed = first.coefficient_module
-        yield item.path, item.kind(item.sources, own=item.own, detach=options.detach, coefficients=borrowed)
+        yield item.path, item.kind(item.sources, own=item.own, detach=item.detach, coefficients=borrowed)
 
 
 def _with_coefficients(item: Found, init: Init, options: Options, instead_of: Sequence[Found]) -> ReplacementLayer:
@@ -170,8 +176,8 @@ def _with_coefficients(item: Found, init: Init, options: Options, instead_of: Se
         own=item.own,
         init=init,
         constraint=options.constraint,
-        granularity=options.granularity,
-        detach=options.detach,
+        granularity=item.granularity,
+        detach=item.detach,
     )
     trained = any(parameter.requires_grad for item in instead_of for parameter in item.own.parameters())
     made.coefficient_module.requires_grad_(trained)

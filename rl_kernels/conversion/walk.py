@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -25,6 +25,7 @@ from rl_kernels.conversion.blocks import (
     stem,
     torch_class,
 )
+from rl_kernels.conversion.grouping import granularity_of
 from rl_kernels.conversion.memory import bytes_of
 from rl_kernels.conversion.options import Level, Options
 from rl_kernels.conversion.plans import (
@@ -60,48 +61,64 @@ class Slot:
     previous: Block | None = None
     next: Block | None = None
     obstacle: Obstacle | None = None
+    far: dict[int, Block] = field(default_factory=dict)
+    """Neighbours at a distance of more than 1, by distance, negative before it."""
     siblings: tuple[str, ...] = ()
     """Neighbours of a single layer that stand beside it in one module, as a query, a key and a value do."""
 
 
-def find(model: nn.Module, targets: Targets, level: Level) -> tuple[Literal["block", "layer"], list[Slot]]:
+def find(
+    model: nn.Module, targets: Targets, level: Level, options: Options
+) -> tuple[Literal["block", "layer"], list[Slot]]:
     """The blocks to walk: composite ones, else layers in containers, else all layers that can be replaced.
 
     Raises:
         ValueError: nothing can be replaced in any of these.
     """
     seen: list[Slot] = []
-    for kind, slots in _walks(model, targets, level):
+    for kind, slots in _walks(model, targets, level, options):
         if any(slot.obstacle is None for slot in slots):
             return kind, slots
         seen = seen or slots
     raise _nothing(model, targets, level, seen)
 
 
-def _walks(model: nn.Module, targets: Targets, level: Level) -> Iterator[tuple[Literal["block", "layer"], list[Slot]]]:
+def _walks(
+    model: nn.Module, targets: Targets, level: Level, options: Options
+) -> Iterator[tuple[Literal["block", "layer"], list[Slot]]]:
     if level != "layer":
-        yield "block", _slots(composite_blocks(model, targets.classes), model, targets)
-        yield "block", _slots(leaf_blocks(model, targets.classes), model, targets)
+        yield "block", _slots(composite_blocks(model, targets.classes), model, targets, options)
+        yield "block", _slots(leaf_blocks(model, targets.classes), model, targets, options)
     if level != "block":
-        yield "layer", _layer_slots(model, targets, level)
+        yield "layer", _layer_slots(model, targets, level, options)
 
 
-def _slots(blocks: Sequence[Block], model: nn.Module, targets: Targets) -> list[Slot]:
+def _slots(blocks: Sequence[Block], model: nn.Module, targets: Targets, options: Options) -> list[Slot]:
     sharing = Sharing(model)
     slots = [_slot(block, targets, sharing) for block in blocks]
     by_stage: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         by_stage[slot.block.stage].append(slot)
     for stage in by_stage.values():
-        _link(stage)
+        _link(stage, options)
     for slot in slots:
         slot.obstacle = slot.obstacle or _edge(slot, blocks) or _mismatch(slot)
+        _leave_out(slot)
     return slots
 
 
-def _link(chain: Sequence[Slot]) -> None:
+def _link(chain: Sequence[Slot], options: Options) -> None:
     for slot, following in pairwise(chain):
         slot.next, following.previous = following.block, slot.block
+    for i, slot in enumerate(chain):
+        found = [distance for distance in options.distances[2:] if 0 <= i + distance < len(chain)]
+        slot.far = {distance: chain[i + distance].block for distance in found}
+
+
+def _leave_out(slot: Slot) -> None:
+    """Leave out those of the far neighbours that cannot be mixed into the block."""
+    fits = slot.obstacle is None
+    slot.far = {d: block for d, block in slot.far.items() if fits and not _why_unlike(slot, block)}
 
 
 def _edge(slot: Slot, blocks: Sequence[Block]) -> Obstacle | None:
@@ -115,7 +132,7 @@ def _edge(slot: Slot, blocks: Sequence[Block]) -> Obstacle | None:
     return None
 
 
-def _layer_slots(model: nn.Module, targets: Targets, level: Level) -> list[Slot]:
+def _layer_slots(model: nn.Module, targets: Targets, level: Level, options: Options) -> list[Slot]:
     sharing = Sharing(model)
     found = [_slot(block, targets, sharing) for block in leaf_layers(model, targets.classes)]
     slots = [slot for slot in found if slot.obstacle is None or slot.obstacle.reason != "nothing to replace"]
@@ -123,18 +140,21 @@ def _layer_slots(model: nn.Module, targets: Targets, level: Level) -> list[Slot]
     for slot in slots:
         chains[_kind_of_layer(slot.block.module)].append(slot)
     for kind, chain in chains.items():
-        _link(chain)
+        _link(chain, options)
         for slot in chain:
             if slot.obstacle is None and slot.previous is None:
                 slot.obstacle = Obstacle("first", f"no {kind} before it")
             if slot.obstacle is None and slot.next is None:
                 slot.obstacle = Obstacle("last", f"no {kind} after it")
-            neighbours = [other for other in (slot.previous, slot.next) if other is not None]
+            if level == "auto":
+                slot.far = {d: other for d, other in slot.far.items() if not _are_siblings(slot.block, other)}
+            neighbours = [other for other in (slot.previous, slot.next, *slot.far.values()) if other is not None]
             slot.siblings = tuple(other.path for other in neighbours if _are_siblings(slot.block, other))
             slot.obstacle = slot.obstacle or _mismatch(slot)
             if level == "auto" and slot.siblings and slot.obstacle is None:
                 beside = f"{slot.siblings[0]} is beside it in {class_of(slot.block.inside[-1]).__name__}"
                 slot.obstacle = Obstacle("siblings", f"{beside}, not known to be before or after it")
+            _leave_out(slot)
     return slots
 
 
@@ -195,13 +215,15 @@ def _shared(block: Block, wanted: Sequence[Part], sharing: Sharing) -> Obstacle 
 def _mismatch(slot: Slot) -> Obstacle | None:
     """What keeps the neighbours that there are from being mixed into the block."""
     for neighbour in (slot.previous, slot.next):
-        if neighbour is None:
-            continue
-        for part in slot.wanted:
-            detail = _difference(part, slot.block, neighbour)
-            if detail:
-                return Obstacle("shape mismatch", detail)
+        detail = "" if neighbour is None else _why_unlike(slot, neighbour)
+        if detail:
+            return Obstacle("shape mismatch", detail)
     return None
+
+
+def _why_unlike(slot: Slot, neighbour: Block) -> str:
+    """Why ``neighbour`` cannot be mixed into the block; empty where it can."""
+    return next((why for part in slot.wanted if (why := _difference(part, slot.block, neighbour))), "")
 
 
 def _difference(part: Part, block: Block, neighbour: Block) -> str:
@@ -239,7 +261,10 @@ def walk(
             continue
         obstacle = slot.obstacle or _taken(slot, replaced)
         if obstacle is None:
-            replaced.append(_replaced(number, slot, options))
+            taken = {block.path for block in replaced}
+            near = {-1: slot.previous, 1: slot.next}
+            far = {distance: block for distance, block in slot.far.items() if block.path not in taken}
+            replaced.append(_replaced(number, slot, {d: b.path for d, b in (near | far).items() if b}, options))
         else:
             skipped.append(SkippedBlock(number, slot.block.path, obstacle.reason, obstacle.detail))
         if obstacle is None or strict:
@@ -254,22 +279,28 @@ def _taken(slot: Slot, replaced: Sequence[ReplacedBlock]) -> Obstacle | None:
     for neighbour in (slot.previous, slot.next):
         if neighbour.path in taken:
             return Obstacle("neighbour replaced", f"{neighbour.path} is replaced")
+    for block in replaced:
+        if slot.block.path in block.sources:
+            return Obstacle("neighbour replaced", f"{block.path} is mixed from it")
     return None
 
 
-def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
-    assert slot.previous is not None and slot.next is not None
+def _replaced(number: int, slot: Slot, sources: dict[int, str], options: Options) -> ReplacedBlock:
     layers = []
     modules = [part.module for part in slot.wanted if part.module is not None]
     for part in slot.wanted:
         assert part.module is not None and part.kind is not None
         shapes = {name: tuple(parameter.shape) for name, parameter in part.module.named_parameters()}
-        channels = part.kind.out_channels_of(part.module) if options.granularity == "channel" else 1
+        granularity = granularity_of(part, options.granularity)
+        numbers = len(sources)
+        if granularity != "scalar":
+            numbers *= part.kind.out_channels_of(part.module) if granularity == "channel" else granularity
         stored = numbers_stored(part.module) if part.kind is ReplacementByForward else 0
-        layers.append(PlannedLayer(part.path, part.class_name, shapes, 2 * channels, part.kind.__name__, stored))
+        kind = part.kind.__name__
+        layers.append(PlannedLayer(part.path, part.class_name, shapes, numbers, kind, stored, granularity))
     size, trainable = bytes_of(parameter for module in modules for parameter in module.parameters())
     whole = options.share == "block"
-    learned = [(modules, 2)] if whole else [([modules[i]], layer.coefficients) for i, layer in enumerate(layers)]
+    learned = [(modules, len(sources))] if whole else [([modules[i]], layer.coefficients) for i, layer in enumerate(layers)]
     for instead_of, coefficients in learned:
         added, trained = _coefficient_bytes(instead_of, coefficients)
         size, trainable = size - added, trainable - trained
@@ -277,12 +308,13 @@ def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
         number=number,
         path=slot.block.path,
         class_name=class_of(slot.block.module).__name__,
-        sources=(slot.previous.path, slot.next.path),
+        sources=tuple(sources.values()),
         layers=tuple(layers),
         kept=tuple(slot.kept),
         coefficients=sum(coefficients for _, coefficients in learned),
         bytes_saved=size,
         trainable_bytes_saved=trainable,
+        distances=tuple(sources),
     )
 
 

@@ -15,11 +15,12 @@ from rl_kernels import functional as F
 from rl_kernels.nn import recorded
 from rl_kernels.nn.adapters import check_adapters, full_name, parameter_of
 from rl_kernels.nn.coefficients import (
-    GRANULARITIES,
     Coefficients,
     Constraint,
     Granularity,
+    GroupedCoefficients,
     Init,
+    check_granularity,
     initial_coefficients,
 )
 from rl_kernels.nn.standing import Standing, found_again, paths_of
@@ -96,8 +97,9 @@ class ReplacementLayer(nn.Module):
             shaped as the coefficients; or ``"fit"``, the least-squares coefficients for ``own``'s weight, for
             pretrained models (beyond the paper).
         constraint: ``"free"``, as in the paper, or ``"convex"``: positive with sum 1 (beyond the paper).
-        granularity: ``"scalar"``, as in the paper, or ``"channel"``: one coefficient per source and output channel
-            (beyond the paper).
+        granularity: ``"scalar"``, as in the paper; ``"channel"``: one coefficient per source and output channel; or
+            an integer G, which divides the output channels: one per source and group of consecutive output channels, a
+            parameter ``(N, G)`` (both beyond the paper).
         detach: indices of sources that get no gradient from this layer (for two neighbours 0 is the previous, 1 the
             next). None by default: the paper lets gradients reach both.
         coefficients: another layer's or block's ``Coefficients`` to share, instead of own ones (the paper's case of
@@ -143,8 +145,7 @@ class ReplacementLayer(nn.Module):
         coefficients: Coefficients | None = None,
     ):
         super().__init__()
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity: got {granularity!r}, expected one of {', '.join(GRANULARITIES)}")
+        check_granularity(granularity)
         self.check_sources(sources)
         if own is not None:
             self.check_source(own, "own")
@@ -157,7 +158,7 @@ class ReplacementLayer(nn.Module):
         self._borrowed = Unregistered()
         if coefficients is not None:
             if granularity != "scalar":
-                raise ValueError("granularity: got 'channel' with shared coefficients, expected 'scalar'")
+                raise ValueError(f"granularity: got {granularity!r} with shared coefficients, expected 'scalar'")
             if not isinstance(coefficients, Coefficients):
                 raise TypeError(f"coefficients: got {type(coefficients).__name__}, expected a Coefficients module")
             if coefficients.shape != (len(sources),):
@@ -168,20 +169,31 @@ class ReplacementLayer(nn.Module):
         self.training = sources[0].training if own is None else own.training
 
     def _make_coefficients(self, own: nn.Module | None, init: Init, constraint: Constraint) -> Coefficients:
-        out = None
-        if self.granularity == "channel":
-            if why := self.why_not_by_channel(self._sources[0]):
-                got = full_name(self._sources[0])
-                raise ValueError(f"granularity: got 'channel', expected 'scalar' for {got}: {why}")
-            out = self.out_channels_of(self._sources[0])
+        groups, channels = self._groups()
         pairs = self._pairs_to_fit(own) if own is not None and isinstance(init, str) else []
-        values = initial_coefficients(init, len(self._sources), out, constraint, pairs)
+        values = initial_coefficients(init, len(self._sources), groups, constraint, pairs)
         weight = self.main_weight(self._sources[0])
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return Coefficients(values.to(dtype), constraint).to(weight.device)  # Their start is known on the CPU.
+        values = values.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        grouped = isinstance(self.granularity, int)
+        made = GroupedCoefficients(values, constraint, channels=channels) if grouped else None
+        return (made or Coefficients(values, constraint)).to(weight.device)  # Their start is known on the CPU.
+
+    def _groups(self) -> tuple[int | None, int]:
+        """How many coefficients a source has, None for a scalar, and how many output channels one serves."""
+        if self.granularity == "scalar":
+            return None, 1
+        source, got = self._sources[0], f"granularity: got {self.granularity!r}, expected"
+        if why := self.why_not_by_channel(source):
+            raise ValueError(f"{got} 'scalar' for {full_name(source)}: {why}")
+        out = self.out_channels_of(source)
+        if self.granularity == "channel":
+            return out, 1
+        if out % self.granularity:
+            raise ValueError(f"{got} a divisor of {out}, the output channels of {full_name(source)}")
+        return self.granularity, out // self.granularity
 
     def _pairs_to_fit(self, own: nn.Module) -> list[tuple[Tensor, list[Tensor]]]:
-        """``fit_pairs`` for this layer's granularity: at ``"channel"`` the first dimension of all is the channels."""
+        """``fit_pairs`` for this layer's granularity: but for ``"scalar"`` the first dimension of all is the channels."""
         return self.fit_pairs(own, tuple(self._sources))
 
     @classmethod

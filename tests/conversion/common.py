@@ -45,11 +45,11 @@ def mixed_by_hand(plain: nn.Module, plan: rl.Plan, coefficients: dict[str, Tenso
                 for j, source in enumerate(block.sources):
                     tensor = parameters[join(source, layer.path, name)]
                     factor = coefficients[path][j]
-                    tensor = tensor.detach() if j in plan.options.detach else tensor
+                    tensor = tensor.detach() if j in plan.options.detached(block.distances) else tensor
                     terms.append(
                         factor.reshape(-1, *(1,) * (tensor.dim() - 1)) * tensor if factor.dim() else factor * tensor
                     )
-                mixed[join(path, name)] = terms[0] + terms[1]
+                mixed[join(path, name)] = torch.stack(terms).sum(0)
     return mixed
 
 
