@@ -64,11 +64,13 @@ class Options:
         """Where the coefficients of sources at these distances start, as a layer's ``init`` has it."""
         if isinstance(self.init, str) or (self.init is None and self.constraint == "convex"):
             return self.init
-        # The near two alone: the mix has the mean and the variance that it has without the others, and norms their gain.
+        # The near two alone: then the mix has the mean and the variance that it has without the others.
         numbers = self.init or [0.5 if abs(distance) == 1 else 0.0 for distance in self.distances]
         by_distance = dict(zip(self.distances, numbers, strict=True))
         found = [by_distance[distance] for distance in distances]
-        total = sum(found) if self.constraint == "convex" else 1.0  # Of a convex mix what is lacking goes to the others.
+        total = (
+            sum(found) if self.constraint == "convex" else 1.0
+        )  # Of a convex mix what is lacking goes to the others.
         return [number / total for number in found]
 
     def detached(self, distances: Sequence[int]) -> tuple[int, ...]:

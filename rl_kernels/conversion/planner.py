@@ -75,13 +75,13 @@ def plan(
             ``"scalar"``.
         norms: ``"mixed"``: the affine parameters of a replaced block's norms are mixed too, unless ``targets`` leaves
             them out; ``"own"``: they stay as they are. The paper does not say.
-        window: how many neighbours on each side are mixed, where there are such. 1, as in the paper; with 2 the previous
-            and the next come first, then those at distance 2. These are left out where the container ends, where
-            shapes differ, or where they are replaced themselves; the plan lists a block's sources. The near two start
-            at 0.5 each and the others at 0 (all alike where they are convex): so the mix starts with the mean and the
-            variance of the paper's two sources. ``init`` takes ``2 * window`` numbers in this order, and ``detach``
-            their indices; numbers of what is left out go with it, and convex ones are scaled to the sum 1. A block
-            that another is mixed from is not replaced.
+        window: how many neighbours on each side are mixed: 1, as in the paper. Beyond it, with 2 the previous and the
+            next come first, then those at distance 2. These are left out where the container ends, where shapes
+            differ, and where they are replaced; the plan lists a block's sources. The near two start at 0.5 each and
+            the others at 0 (all alike where they are convex): the mix starts with the mean and the variance, and norms
+            with the gain, of the paper's two sources. ``init`` takes ``2 * window`` numbers in this order, and
+            ``detach`` their indices; the number of what is left out goes with it, and convex ones are scaled to the
+            sum 1. A block that another is mixed from is not replaced.
         budget: instead of ``every``, the memory for training: an integer of bytes, or text such as ``"1.5 GiB"`` or
             ``"800 MB"``. Chosen is the largest ``every``, so the fewest replacements, with which parameters, gradients
             and the state of ``optimizer`` fit into it; a model that fits as it is gets these, too. Activations come on

@@ -34,8 +34,8 @@ Reason = Literal[
 ]
 
 _FORMAT = 4
-"""1, of version 0.1.0, and 2 know numbers, not bytes; 1 calls a block's ``kept`` parts ``own``; 3 knows two neighbours of
-one shape, and one granularity for all layers. All are read too."""
+"""1, of version 0.1.0, and 2 know numbers, not bytes; 1 calls a block's ``kept`` parts ``own``; 3 knows two neighbours,
+and one granularity for all layers. All are read too."""
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,9 @@ def _replaced(number: int, slot: Slot, sources: dict[int, str], options: Options
         layers.append(PlannedLayer(part.path, part.class_name, shapes, numbers, kind, stored, granularity))
     size, trainable = bytes_of(parameter for module in modules for parameter in module.parameters())
     whole = options.share == "block"
-    learned = [(modules, len(sources))] if whole else [([modules[i]], layer.coefficients) for i, layer in enumerate(layers)]
+    learned = (
+        [(modules, len(sources))] if whole else [([modules[i]], layer.coefficients) for i, layer in enumerate(layers)]
+    )
     for instead_of, coefficients in learned:
         added, trained = _coefficient_bytes(instead_of, coefficients)
         size, trainable = size - added, trainable - trained

@@ -7,6 +7,7 @@
 * ``foreign.py``: classes of other libraries that have a replacement, by name.
 * ``wrapped.py``: layers of any class, by their class's own forward.
 * ``standing.py``, ``recorded.py``: whether what a layer runs on is still in its model: at calls, in a ``state_dict``.
+* ``views.py``: parts of layers, and layers repeated, as sources.
 * ``adapters.py``: what stands between a source and its parameters: parametrizations, hooks, other libraries' adapters.
 
 A layer holds no formula: it hands its sources' tensors to ``rl_kernels.functional``.
@@ -32,10 +33,12 @@ from rl_kernels.nn.norm import (
     ReplacementLayerNorm,
     ReplacementRMSNorm,
 )
+from rl_kernels.nn.views import SourceView
 from rl_kernels.nn.wrapped import ReplacementByForward
 
 __all__ = [
     "Coefficients",
+    "SourceView",
     "ReplacementLayer",
     "ReplacementLinear",
     "ReplacementTransposedLinear",

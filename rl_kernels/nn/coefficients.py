@@ -161,9 +161,7 @@ def initial_coefficients(
     return values
 
 
-def fit(
-    pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], *, groups: int | None = None, convex: bool = False
-) -> Tensor:
+def fit(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], *, groups: int | None = None, convex: bool = False) -> Tensor:
     """The coefficients whose mix is nearest to given weights: ``argmin_c sum ||W - sum_j c_j W_j||^2``.
 
     Args:

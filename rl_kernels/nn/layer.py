@@ -24,6 +24,18 @@ from rl_kernels.nn.coefficients import (
     initial_coefficients,
 )
 from rl_kernels.nn.standing import Standing, found_again, paths_of
+from rl_kernels.nn.views import (
+    Cut,
+    Source,
+    SourceView,
+    Tiles,
+    cut_of,
+    cut_once,
+    module_of,
+    repeated,
+    shapes_of,
+    view_of,
+)
 
 Layer = TypeVar("Layer", bound="ReplacementLayer")
 Plain = TypeVar("Plain", bound=nn.Module)
@@ -91,6 +103,8 @@ class ReplacementLayer(nn.Module):
 
     Args:
         sources: N >= 1 plain layers of one shape: for Replacement Learning the two neighbours, the previous first.
+            Linear layers and convolutions take a ``SourceView`` too, a layer of another size cut or repeated to this
+            one's.
         own: the plain layer that this one replaces. Its settings (stride, eps, ...) are taken over, those of the
             first source otherwise; its weight is what ``init="fit"`` fits; its running statistics are kept.
         init: initial coefficients: None for 1/N each (0.5 for two; the paper does not say); N numbers, or a tensor
@@ -122,6 +136,21 @@ class ReplacementLayer(nn.Module):
     _standing: Standing | None = None
     """Where the layer and what it runs on stand in a model, once that is known."""
 
+    takes_views: ClassVar[bool] = False
+    """Whether a source may be a ``SourceView``."""
+
+    _cuts: tuple[Cut, ...] = ()
+    """What of each source is mixed; empty where all of all."""
+
+    _cut_like: tuple[int, ...] = ()
+    """For each source the first that is the same and is cut alike: what is cut once."""
+
+    _are_repeated: bool = False
+    """Whether some source is."""
+
+    _as_held: bool = False
+    """Whether sources are mixed as they hold their parameters: neither cut, nor repeated, nor detached."""
+
     keeps_belongings: ClassVar[bool] = False
     """Whether a layer of this kind has a place for further parameters, buffers and submodules of ``own``."""
 
@@ -135,7 +164,7 @@ class ReplacementLayer(nn.Module):
 
     def __init__(
         self,
-        sources: Sequence[nn.Module],
+        sources: Sequence[Source],
         *,
         own: nn.Module | None = None,
         init: Init = None,
@@ -154,8 +183,9 @@ class ReplacementLayer(nn.Module):
             raise ValueError(f"detach: got {sorted(detach)}, expected indices of the {len(sources)} sources")
         self.granularity: Granularity = granularity
         self.detach: tuple[int, ...] = tuple(sorted(set(detach)))
-        self._sources = Unregistered(*sources)
+        self._sources = Unregistered(*(module_of(source) for source in sources))
         self._borrowed = Unregistered()
+        self._cut([cut_of(source) for source in sources])
         if coefficients is not None:
             if granularity != "scalar":
                 raise ValueError(f"granularity: got {granularity!r} with shared coefficients, expected 'scalar'")
@@ -178,11 +208,22 @@ class ReplacementLayer(nn.Module):
         made = GroupedCoefficients(values, constraint, channels=channels) if grouped else None
         return (made or Coefficients(values, constraint)).to(weight.device)  # Their start is known on the CPU.
 
+    def _cut(self, cuts: Sequence[Cut]) -> None:
+        """Mix these parts of the sources."""
+        self._cuts = () if all(cut == Cut() for cut in cuts) else tuple(cuts)
+        keys = [
+            (id(source), cut.out[1], cut.in_[1], j in self.detach)
+            for j, (source, cut) in enumerate(zip(self._sources, cuts, strict=True))
+        ]
+        self._cut_like = tuple(keys.index(key) for key in keys)
+        self._are_repeated = any(cut.repeats != (1, 1) for cut in cuts)
+        self._as_held = not self.detach and not self._cuts
+
     def _groups(self) -> tuple[int | None, int]:
         """How many coefficients a source has, None for a scalar, and how many output channels one serves."""
         if self.granularity == "scalar":
             return None, 1
-        source, got = self._sources[0], f"granularity: got {self.granularity!r}, expected"
+        source, got = self.views[0], f"granularity: got {self.granularity!r}, expected"
         if why := self.why_not_by_channel(source):
             raise ValueError(f"{got} 'scalar' for {full_name(source)}: {why}")
         out = self.out_channels_of(source)
@@ -193,11 +234,11 @@ class ReplacementLayer(nn.Module):
         return self.granularity, out // self.granularity
 
     def _pairs_to_fit(self, own: nn.Module) -> list[tuple[Tensor, list[Tensor]]]:
-        """``fit_pairs`` for this layer's granularity: but for ``"scalar"`` the first dimension of all is the channels."""
-        return self.fit_pairs(own, tuple(self._sources))
+        """``fit_pairs`` for this layer's granularity: all but ``"scalar"`` need channels as the first dimension."""
+        return self.fit_pairs(own, self.views)
 
     @classmethod
-    def from_neighbours(cls: type[Layer], prev: nn.Module, next: nn.Module, **options: Any) -> Layer:
+    def from_neighbours(cls: type[Layer], prev: Source, next: Source, **options: Any) -> Layer:
         """The paper's layer, ``a * W[prev] + b * W[next]``; options as the constructor's."""
         return cls((prev, next), **options)
 
@@ -215,7 +256,7 @@ class ReplacementLayer(nn.Module):
             return method.__get__(self)
         return super().__getattr__(name)
 
-    # What a kind of layer defines.
+    # What a kind of layer defines. A source is a ``SourceView`` in places, which has a layer's parameters and sizes.
 
     @staticmethod
     def main_weight(source: nn.Module) -> Tensor:
@@ -243,8 +284,7 @@ class ReplacementLayer(nn.Module):
     def signature(cls, layer: nn.Module) -> dict[str, Any]:
         """What must agree between sources: the shapes of their parameters (None for an absent one), dtype, device."""
         weight = cls.main_weight(layer)
-        shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-        return {**shapes, "dtype": weight.dtype, "device": weight.device}
+        return {**shapes_of(layer), "dtype": weight.dtype, "device": weight.device}
 
     @classmethod
     def check_source(cls, source: nn.Module, name: str) -> None:
@@ -258,18 +298,18 @@ class ReplacementLayer(nn.Module):
             raise TypeError(f"{name}: got {found}, expected {expected}")
 
     @classmethod
-    def check_sources(cls, sources: Sequence[nn.Module]) -> None:
+    def check_sources(cls, sources: Sequence[Source]) -> None:
         """Raise unless ``sources`` are layers of this kind that can be mixed."""
         if len(sources) == 0:
             raise ValueError("sources: got none, expected one or more layers")
         for j, source in enumerate(sources):
-            cls.check_source(source, f"sources[{j}]")
+            if isinstance(source, SourceView) and not cls.takes_views:
+                raise TypeError(f"sources[{j}]: got a SourceView, expected a whole layer: {cls.__name__} cuts none")
+            cls.check_source(module_of(source), f"sources[{j}]")
             cls._check_alike(f"sources[{j}]", source, "sources[0]", sources[0])
 
     @classmethod
-    def _check_alike(
-        cls, name: str, layer: nn.Module, other_name: str, other: nn.Module, ignored: Collection[str] = ()
-    ) -> None:
+    def _check_alike(cls, name: str, layer: Any, other_name: str, other: Any, ignored: Collection[str] = ()) -> None:
         found, expected = cls.signature(layer), cls.signature(other)
         for key in sorted((found.keys() | expected.keys()) - set(ignored)):
             if found.get(key) != expected.get(key):
@@ -279,11 +319,20 @@ class ReplacementLayer(nn.Module):
 
     @property
     def sources(self) -> tuple[nn.Module, ...]:
-        """The layers whose weights are mixed."""
+        """The layers whose weights are mixed; one of which several parts are, several times."""
         return tuple(self._sources)
 
-    def rebind(self, *sources: nn.Module) -> None:
+    @property
+    def views(self) -> tuple[Any, ...]:
+        """The sources as they were given: a ``SourceView`` where a source is cut or repeated, else the layer."""
+        if not self._cuts:
+            return tuple(self._sources)
+        return tuple(view_of(source, cut) for source, cut in zip(self._sources, self._cuts, strict=True))
+
+    def rebind(self, *sources: Source) -> None:
         """Refer to other sources, as many as before and of the same shape: after a neighbour was replaced.
+
+        Each is given as to the constructor: a ``SourceView`` where a source is cut or repeated.
 
         Raises:
             TypeError: a source of another kind.
@@ -294,9 +343,11 @@ class ReplacementLayer(nn.Module):
         self.check_sources(sources)
         # The layer bound before may be out of the model already, and left behind where that was moved or cast.
         moved = ("dtype", "device")
-        self._check_alike("sources[0]", sources[0], "the one bound before", self._sources[0], ignored=moved)
-        self.run_on([*sources, *self._borrowed])
-        held = zip(sources, self._holders, strict=False)
+        self._check_alike("sources[0]", sources[0], "the one bound before", self.views[0], ignored=moved)
+        modules = [module_of(source) for source in sources]
+        self.run_on([*modules, *self._borrowed])
+        self._cut([cut_of(source) for source in sources])
+        held = zip(modules, self._holders, strict=False)
         still = [parent._modules.get(name) is source for source, (parent, name) in held]
         self._holders = self._holders if all(still) else ()
         known = None if self._standing is None else self._standing.root(self)
@@ -427,17 +478,37 @@ class ReplacementLayer(nn.Module):
         )
 
     def _tensors(self, name: str) -> list[Tensor] | None:
-        """The parameter ``name`` of every source, detached where asked; None where the sources have none."""
+        """The parameter ``name`` of every source, cut and detached where asked.
+
+        None where the sources have none, and where some are repeated: those are ``_tiles``.
+        """
         tensors = [parameter_of(source, name) for source in self._sources]
         if tensors[0] is None:
             return None
-        if not self.detach:
+        if self._as_held:
             return tensors
-        return [tensor.detach() if j in self.detach else tensor for j, tensor in enumerate(tensors)]
+        return None if self._are_repeated else self._cut_and_detached(tensors)
+
+    def _cut_and_detached(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        found = [tensor.detach() if j in self.detach else tensor for j, tensor in enumerate(tensors)]
+        return cut_once(found, self._cuts, self._cut_like) if self._cuts else found
+
+    def _tiles(self, name: str) -> list[Tensor] | None:
+        """As ``_tensors``; of sources that are repeated each once."""
+        tensors = [parameter_of(source, name) for source in self._sources]
+        return None if tensors[0] is None else self._cut_and_detached(tensors)
+
+    def _in_tiles(self) -> Tiles:
+        """The recipe where some sources are repeated."""
+        weights = self._tiles("weight")
+        assert weights is not None
+        return Tiles(weights, self.coefficients, self._tiles("bias"), [cut.repeats for cut in self._cuts])
 
     def _evaluated(self, name: str) -> Tensor | None:
         """The mixed parameter ``name``, within a call."""
         tensors = self._tensors(name)
+        if self._are_repeated and (tiles := self._tiles(name)) is not None:
+            tensors = [repeated(tile, cut) for tile, cut in zip(tiles, self._cuts, strict=True)]
         return None if tensors is None else F.mix(tensors, self.coefficients)
 
     def _mixed(self, name: str) -> Tensor | None:
@@ -476,4 +547,5 @@ class ReplacementLayer(nn.Module):
         """Sources and options, for printing."""
         borrowed = ", coefficients shared" if len(self._borrowed) else ""
         detached = f", detach={self.detach}" if self.detach else ""
-        return f"sources={len(self._sources)}, granularity={self.granularity!r}{detached}{borrowed}"
+        cut = ", cut" if self._cuts else ""
+        return f"sources={len(self._sources)}{cut}, granularity={self.granularity!r}{detached}{borrowed}"
