@@ -15,6 +15,7 @@ from rl_kernels.nn.coefficients import Constraint, Init, check_constraint, check
 Level = Literal["auto", "block", "layer"]
 Norms = Literal["mixed", "own"]
 Share = Literal["block", "layer"]
+Boundaries = Literal["skipped", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Options:
     share: Share | None = None
     norms: Norms = "mixed"
     window: int = 1
+    boundaries: Boundaries = "skipped"
 
     def __post_init__(self) -> None:
         if not isinstance(self.window, int) or isinstance(self.window, bool):
             raise TypeError(f"window: got {self.window!r}, expected an integer")
         if self.window < 1:
             raise ValueError(f"window: got {self.window}, expected at least 1")
+        one_of("boundaries", self.boundaries, get_args(Boundaries))
         one_of("granularity", self.granularity, get_args(Granularity))
         one_of("norms", self.norms, get_args(Norms))
         finer = self.granularity != "scalar"
@@ -60,17 +63,19 @@ class Options:
         """How far the neighbours are that there may be, the previous and the next of each distance: -1, 1, -2, 2."""
         return tuple(sign * distance for distance in range(1, self.window + 1) for sign in (-1, 1))
 
-    def start(self, distances: Sequence[int]) -> Init:
-        """Where the coefficients of sources at these distances start, as a layer's ``init`` has it."""
-        if isinstance(self.init, str) or (self.init is None and self.constraint == "convex"):
+    def start(self, distances: Sequence[int], factors: Sequence[float]) -> Init:
+        """Where the coefficients of sources at these distances start, as a layer's ``init`` has it.
+
+        ``factors`` say what of its neighbour's number each has.
+        """
+        if isinstance(self.init, str):
             return self.init
-        # The near two alone: then the mix has the mean and the variance that it has without the others.
-        numbers = self.init or [0.5 if abs(distance) == 1 else 0.0 for distance in self.distances]
+        convex = self.constraint == "convex"
+        # Free, the near two alone: then the mix has the mean and the variance that it has without the others.
+        numbers = self.init or [0.5 if abs(distance) == 1 or convex else 0.0 for distance in self.distances]
         by_distance = dict(zip(self.distances, numbers, strict=True))
-        found = [by_distance[distance] for distance in distances]
-        total = (
-            sum(found) if self.constraint == "convex" else 1.0
-        )  # Of a convex mix what is lacking goes to the others.
+        found = [by_distance[distance] * factor for distance, factor in zip(distances, factors, strict=True)]
+        total = sum(found) if convex else 1.0
         return [number / total for number in found]
 
     def detached(self, distances: Sequence[int]) -> tuple[int, ...]:

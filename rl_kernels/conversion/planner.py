@@ -10,7 +10,7 @@ from torch import nn
 from rl_kernels.conversion.blocks import check_plain, count
 from rl_kernels.conversion.grouping import Granularity
 from rl_kernels.conversion.memory import STATES, Optimizer, buffer_bytes, bytes_of, format_bytes, parse_bytes
-from rl_kernels.conversion.options import Level, Norms, Options, Share, one_of
+from rl_kernels.conversion.options import Boundaries, Level, Norms, Options, Share, one_of
 from rl_kernels.conversion.plans import Plan
 from rl_kernels.conversion.targets import Target, Targets
 from rl_kernels.conversion.walk import find, siblings, stages, summary, walk
@@ -32,6 +32,7 @@ def plan(
     share: Share | None = None,
     norms: Norms = "mixed",
     window: int = 1,
+    boundaries: Boundaries = "skipped",
     budget: int | str | None = None,
     optimizer: Optimizer = "adamw",
 ) -> Plan:
@@ -82,6 +83,16 @@ def plan(
             with the gain, of the paper's two sources. ``init`` takes ``2 * window`` numbers in this order, and
             ``detach`` their indices; the number of what is left out goes with it, and convex ones are scaled to the
             sum 1. A block that another is mixed from is not replaced.
+        boundaries: ``"skipped"``: a block whose neighbours have other sizes stays, as the first of a stage. Beyond the
+            paper, ``"blocks"``: stages whose names differ in one number follow one another (``layer1``, ``layer2``),
+            and linear layers and convolutions whose sizes are multiples of one another are mixed. A larger neighbour is
+            cut into blocks of the layer's shape, each a source with a coefficient, a smaller one is repeated: see
+            ``rl_kernels.nn.SourceView``. What a neighbour lacks or has in another kernel size, depthwise or not, or
+            ratio stays the block's own, norms of another length too; the plan says why. Each layer of such a block has
+            coefficients of its own, whatever ``share`` says, and none of neighbours at a distance of more than 1. A
+            neighbour's number (0.5, or of ``init``) is divided by the root of how many of its blocks are added in an
+            output channel and of how often an input is repeated: the output starts with the variance that
+            it has where sizes are equal, for weights that are initialised by their number of inputs.
         budget: instead of ``every``, the memory for training: an integer of bytes, or text such as ``"1.5 GiB"`` or
             ``"800 MB"``. Chosen is the largest ``every``, so the fewest replacements, with which parameters, gradients
             and the state of ``optimizer`` fit into it; a model that fits as it is gets these, too. Activations come on
@@ -106,7 +117,7 @@ def plan(
         _at_least("offset", offset, 1)
     one_of("level", level, get_args(Level))
     one_of("optimizer", optimizer, STATES)
-    options = Options(cast(Any, init), constraint, granularity, cast(Any, detach), share, norms, window)
+    options = Options(cast(Any, init), constraint, granularity, cast(Any, detach), share, norms, window, boundaries)
     chosen = Targets(targets, norms, granularity)
 
     walked, slots = find(model, chosen, level, options)

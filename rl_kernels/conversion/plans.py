@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rl_kernels._moved import renamed, warn
+from rl_kernels.conversion.blocks import join
 from rl_kernels.conversion.memory import ASSUMED, STATES, Memory, Optimizer, footprint, table
 from rl_kernels.conversion.options import Options, one_of
 from rl_kernels.nn.coefficients import Granularity as LayerGranularity
@@ -39,6 +40,30 @@ and one granularity for all layers. All are read too."""
 
 
 @dataclass(frozen=True)
+class PlannedCut:
+    """A source of a layer that is a part of one of its block's sources, or that is repeated; or all of one.
+
+    Attributes:
+        neighbour: the number of that source of the block, from 0.
+        out, in_, repeats: as ``rl_kernels.nn.SourceView`` has them.
+    """
+
+    neighbour: int
+    out: tuple[int, int] = (0, 1)
+    in_: tuple[int, int] = (0, 1)
+    repeats: tuple[int, int] = (1, 1)
+
+    @property
+    def factor(self) -> float:
+        """What its coefficient starts with of its neighbour's number: so that the output's variance is as without.
+
+        That holds where the variance of weights goes with 1 / inputs, as where torch initialises them: of n blocks one
+        below the other all are added up, and the r inputs that a repeated column sees as well.
+        """
+        return (self.out[1] * self.repeats[1]) ** -0.5
+
+
+@dataclass(frozen=True)
 class PlannedLayer:
     """A layer to be replaced.
 
@@ -50,6 +75,7 @@ class PlannedLayer:
         kind: the class that takes its place; empty in plans of older formats, which know one for each class.
         stored: how many numbers of the mix are stored while it runs: 0 where a kernel synthesises it.
         granularity: of the layer that takes its place; None in plans of older formats, for the options'.
+        cuts: its sources, where not each is all of one of its block's; empty where they are.
     """
 
     path: str
@@ -59,6 +85,7 @@ class PlannedLayer:
     kind: str = ""
     stored: int = 0
     granularity: LayerGranularity | None = None
+    cuts: tuple[PlannedCut, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -103,6 +130,11 @@ class ReplacedBlock:
     bytes_saved: int
     trainable_bytes_saved: int
     distances: tuple[int, ...] = (-1, 1)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a layer of it is mixed from layers of other sizes: then each layer has coefficients of its own."""
+        return any(layer.cuts for layer in self.layers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, also of version 0.1.0."""
@@ -284,7 +316,12 @@ class Plan:
 
 
 def _plan_from(fields: dict[str, Any], with_bytes: bool) -> Plan:
+    def cut(neighbour: int, **rest: list[int]) -> PlannedCut:
+        pairs: Any = {name: tuple(numbers) for name, numbers in rest.items()}
+        return PlannedCut(neighbour, **pairs)
+
     def layer(shapes: dict[str, list[int]], **rest: Any) -> PlannedLayer:
+        rest["cuts"] = tuple(cut(**item) for item in rest.get("cuts", ()))
         return PlannedLayer(shapes={name: tuple(shape) for name, shape in shapes.items()}, **rest)
 
     def block(sources: list[str], layers: list[Any], **rest: Any) -> ReplacedBlock:
@@ -409,8 +446,20 @@ def _totals(plan: Plan) -> Text:
         f"Parameters: {plan.parameters:,} -> {plan.parameters_after:,} "
         f"({plan.saved:,} saved, {100 * plan.saved / plan.parameters:.1f} %)"
         + (assumed if plan.bytes_assumed else "")
-        + "".join(f"\n{line}" for line in _stored(plan))
+        + "".join(f"\n{line}" for line in (*_cut(plan), *_stored(plan)))
     )
+
+
+def _cut(plan: Plan) -> list[str]:
+    """What is said of blocks whose neighbours have other sizes."""
+    found = [
+        f"{join(block.path, layer.path)} from {len(layer.cuts)}"
+        for block in plan.replaced
+        for layer in block.layers
+        if layer.cuts
+    ]
+    text = "Mixed from parts of larger neighbours, or from smaller ones repeated, by coefficients of their own"
+    return [f"{text}: {', '.join(found)}."] if found else []
 
 
 def _stored(plan: Plan) -> list[str]:

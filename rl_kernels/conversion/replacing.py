@@ -20,10 +20,11 @@ from rl_kernels.conversion.blocks import (
 )
 from rl_kernels.conversion.carrying import carry, what_would_be_lost
 from rl_kernels.conversion.options import Options
-from rl_kernels.conversion.plans import Plan, PlannedLayer, ReplacedBlock
+from rl_kernels.conversion.plans import Plan, PlannedCut, PlannedLayer, ReplacedBlock
 from rl_kernels.nn import ReplacementLayer
 from rl_kernels.nn.coefficients import Granularity, Init, initial_coefficients
 from rl_kernels.nn.standing import paths_of
+from rl_kernels.nn.views import Cut, SourceView, module_of, view_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,12 +81,12 @@ def put(
 
 @dataclass(frozen=True)
 class Found:
-    """A layer to be replaced, as it was found in the model."""
+    """A layer to be replaced, as it was found in the model, its sources modules or views of some."""
 
     path: str
     kind: type[ReplacementLayer]
     own: nn.Module
-    sources: tuple[nn.Module, ...]
+    sources: tuple[Any, ...]
     granularity: Granularity = "scalar"
     start: Init = None
     detach: tuple[int, ...] = ()
@@ -94,14 +95,16 @@ class Found:
 def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, options: Options, sharing: Sharing) -> Found:
     path, *source_paths = (join(where, layer.path) for where in (block.path, *block.sources))
     own = find_layer(model, path, layer.class_name, layer.shapes)
-    sources = tuple(layer_at(model, where) for where in source_paths)
+    modules = [layer_at(model, where) for where in source_paths]
     kind = kind_named(layer.kind) if layer.kind else replacement_for(own)
     if kind is None:
         raise ValueError(f"model: got {layer.class_name} at {path}, for which there is no replacement")
-    for where, module in zip((path, *source_paths), (own, *sources), strict=True):
+    for where, module in zip((path, *source_paths), (own, *modules), strict=True):
         if reason := why_not(kind, module):
             raise ValueError(f"model: got a layer at {where} that cannot be mixed: {reason}")
+    cuts = layer.cuts or [PlannedCut(j) for j in range(len(modules))]
     try:
+        sources = tuple(view_of(modules[cut.neighbour], Cut(cut.out, cut.in_, cut.repeats)) for cut in cuts)
         kind.check_sources([*sources, own])
     except (TypeError, ValueError) as error:
         raise ValueError(f"model: the layer at {path} and its neighbours do not fit: {error}") from error
@@ -114,7 +117,8 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, options: 
             f"model: got {lost}, which would be lost; expected a layer without, or hooks that are registered afterwards"
         )
     granularity: Any = layer.granularity or options.granularity  # Plans of older formats have the latter alone.
-    start, detach = options.start(block.distances), options.detached(block.distances)
+    distances = [block.distances[cut.neighbour] for cut in cuts]
+    start, detach = options.start(distances, [cut.factor for cut in cuts]), options.detached(distances)
     return Found(path, kind, own, sources, granularity, start, detach)
 
 
@@ -146,7 +150,7 @@ def layer_at(model: nn.Module, path: str, origin: str = "as in the plan") -> nn.
 def _check_apart(blocks: Sequence[Sequence[Found]]) -> None:
     """Raise if a layer is replaced twice, or replaced and mixed from."""
     items = [item for block in blocks for item in block]
-    taken = {id(source) for item in items for source in item.sources}
+    taken = {id(module_of(source)) for item in items for source in item.sources}
     for item in items:
         if id(item.own) in taken:
             raise ValueError(f"plan: got {item.path} replaced twice or mixed from, expected neighbours to be kept")
@@ -155,7 +159,7 @@ def _check_apart(blocks: Sequence[Sequence[Found]]) -> None:
 
 def _make(items: Sequence[Found], options: Options) -> Iterator[tuple[str, ReplacementLayer]]:
     """The new layers of a block with their paths. The first holds the coefficients that the others share."""
-    if options.share == "layer":
+    if options.share == "layer" or any(isinstance(source, SourceView) for item in items for source in item.sources):
         for item in items:
             yield item.path, _with_coefficients(item, item.start, options, instead_of=[item])
         return

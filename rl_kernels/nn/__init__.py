@@ -7,6 +7,7 @@
 * ``foreign.py``: classes of other libraries that have a replacement, by name.
 * ``wrapped.py``: layers of any class, by their class's own forward.
 * ``standing.py``, ``recorded.py``: whether what a layer runs on is still in its model: at calls, in a ``state_dict``.
+* ``belongings.py``: what a layer refers to, and what it has from the one that it replaced.
 * ``views.py``: parts of layers, and layers repeated, as sources.
 * ``adapters.py``: what stands between a source and its parameters: parametrizations, hooks, other libraries' adapters.
 

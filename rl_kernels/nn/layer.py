@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from types import FunctionType
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from rl_kernels import functional as F
 from rl_kernels.nn import recorded
 from rl_kernels.nn.adapters import check_adapters, full_name, parameter_of
+from rl_kernels.nn.belongings import Belongings, Unregistered
 from rl_kernels.nn.coefficients import (
     Coefficients,
     Constraint,
@@ -24,55 +25,10 @@ from rl_kernels.nn.coefficients import (
     initial_coefficients,
 )
 from rl_kernels.nn.standing import Standing, found_again, paths_of
-from rl_kernels.nn.views import (
-    Cut,
-    Source,
-    SourceView,
-    Tiles,
-    cut_of,
-    cut_once,
-    module_of,
-    repeated,
-    shapes_of,
-    view_of,
-)
+from rl_kernels.nn.views import Cut, Cuts, Source, SourceView, Tiles, module_of, shapes_of, view_of
 
 Layer = TypeVar("Layer", bound="ReplacementLayer")
 Plain = TypeVar("Plain", bound=nn.Module)
-
-
-class Unregistered:
-    """Modules referred to by a plain object, so that ``nn.Module`` registers none of them.
-
-    Their parameters stay their owner's: once in ``state_dict``, in ``parameters()`` and in checkpoints. Copying or
-    pickling a model that holds both ends keeps the reference; copying one layer alone copies what it refers to.
-    """
-
-    __slots__ = ("modules",)
-
-    def __init__(self, *modules: nn.Module):
-        self.modules = modules
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __getitem__(self, j: int) -> Any:
-        return self.modules[j]
-
-
-class Belongings(NamedTuple):
-    """What hung on the layer that was replaced: see ``rl_kernels.conversion.carrying``."""
-
-    class_before: type[nn.Module]
-    shown: tuple[str, ...]
-    """Attributes that the replaced layer has now."""
-    hidden: dict[str, Any]
-    """Attributes whose names mean something else here."""
-    marks: dict[str, dict[str, Any]]
-    """Attributes of its parameters."""
 
 
 def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,14 +95,8 @@ class ReplacementLayer(nn.Module):
     takes_views: ClassVar[bool] = False
     """Whether a source may be a ``SourceView``."""
 
-    _cuts: tuple[Cut, ...] = ()
-    """What of each source is mixed; empty where all of all."""
-
-    _cut_like: tuple[int, ...] = ()
-    """For each source the first that is the same and is cut alike: what is cut once."""
-
-    _are_repeated: bool = False
-    """Whether some source is."""
+    _cuts: Cuts | None = None
+    """What of each source is mixed; None where all of all."""
 
     _as_held: bool = False
     """Whether sources are mixed as they hold their parameters: neither cut, nor repeated, nor detached."""
@@ -185,7 +135,7 @@ class ReplacementLayer(nn.Module):
         self.detach: tuple[int, ...] = tuple(sorted(set(detach)))
         self._sources = Unregistered(*(module_of(source) for source in sources))
         self._borrowed = Unregistered()
-        self._cut([cut_of(source) for source in sources])
+        self._cut(sources)
         if coefficients is not None:
             if granularity != "scalar":
                 raise ValueError(f"granularity: got {granularity!r} with shared coefficients, expected 'scalar'")
@@ -204,20 +154,14 @@ class ReplacementLayer(nn.Module):
         values = initial_coefficients(init, len(self._sources), groups, constraint, pairs)
         weight = self.main_weight(self._sources[0])
         values = values.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        grouped = isinstance(self.granularity, int)
-        made = GroupedCoefficients(values, constraint, channels=channels) if grouped else None
-        return (made or Coefficients(values, constraint)).to(weight.device)  # Their start is known on the CPU.
+        made = Coefficients(values, constraint) if isinstance(self.granularity, str) else None
+        # Their start is known on the CPU.
+        return (made or GroupedCoefficients(values, constraint, channels=channels)).to(weight.device)
 
-    def _cut(self, cuts: Sequence[Cut]) -> None:
-        """Mix these parts of the sources."""
-        self._cuts = () if all(cut == Cut() for cut in cuts) else tuple(cuts)
-        keys = [
-            (id(source), cut.out[1], cut.in_[1], j in self.detach)
-            for j, (source, cut) in enumerate(zip(self._sources, cuts, strict=True))
-        ]
-        self._cut_like = tuple(keys.index(key) for key in keys)
-        self._are_repeated = any(cut.repeats != (1, 1) for cut in cuts)
-        self._as_held = not self.detach and not self._cuts
+    def _cut(self, sources: Sequence[Source]) -> None:
+        """Mix of the sources what these views of them say."""
+        self._cuts = Cuts.of(sources, self.detach)
+        self._as_held = not self.detach and self._cuts is None
 
     def _groups(self) -> tuple[int | None, int]:
         """How many coefficients a source has, None for a scalar, and how many output channels one serves."""
@@ -323,16 +267,21 @@ class ReplacementLayer(nn.Module):
         return tuple(self._sources)
 
     @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What of each source is mixed; empty where all of all."""
+        return () if self._cuts is None else self._cuts.each
+
+    @property
     def views(self) -> tuple[Any, ...]:
         """The sources as they were given: a ``SourceView`` where a source is cut or repeated, else the layer."""
-        if not self._cuts:
+        if self._cuts is None:
             return tuple(self._sources)
-        return tuple(view_of(source, cut) for source, cut in zip(self._sources, self._cuts, strict=True))
+        return tuple(map(view_of, self._sources, self._cuts.each))
 
     def rebind(self, *sources: Source) -> None:
         """Refer to other sources, as many as before and of the same shape: after a neighbour was replaced.
 
-        Each is given as to the constructor: a ``SourceView`` where a source is cut or repeated.
+        Where a source is cut or repeated, that is a ``SourceView`` again, as in the constructor.
 
         Raises:
             TypeError: a source of another kind.
@@ -346,7 +295,7 @@ class ReplacementLayer(nn.Module):
         self._check_alike("sources[0]", sources[0], "the one bound before", self.views[0], ignored=moved)
         modules = [module_of(source) for source in sources]
         self.run_on([*modules, *self._borrowed])
-        self._cut([cut_of(source) for source in sources])
+        self._cut(sources)
         held = zip(modules, self._holders, strict=False)
         still = [parent._modules.get(name) is source for source, (parent, name) in held]
         self._holders = self._holders if all(still) else ()
@@ -487,28 +436,28 @@ class ReplacementLayer(nn.Module):
             return None
         if self._as_held:
             return tensors
-        return None if self._are_repeated else self._cut_and_detached(tensors)
+        return None if self._cuts is not None and self._cuts.repeat else self._tiles_of(tensors)
 
-    def _cut_and_detached(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _tiles_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         found = [tensor.detach() if j in self.detach else tensor for j, tensor in enumerate(tensors)]
-        return cut_once(found, self._cuts, self._cut_like) if self._cuts else found
+        return found if self._cuts is None else self._cuts.cut(found)
 
     def _tiles(self, name: str) -> list[Tensor] | None:
         """As ``_tensors``; of sources that are repeated each once."""
         tensors = [parameter_of(source, name) for source in self._sources]
-        return None if tensors[0] is None else self._cut_and_detached(tensors)
+        return None if tensors[0] is None else self._tiles_of(tensors)
 
     def _in_tiles(self) -> Tiles:
         """The recipe where some sources are repeated."""
         weights = self._tiles("weight")
-        assert weights is not None
-        return Tiles(weights, self.coefficients, self._tiles("bias"), [cut.repeats for cut in self._cuts])
+        assert weights is not None and self._cuts is not None
+        return Tiles(weights, self.coefficients, self._tiles("bias"), [cut.repeats for cut in self._cuts.each])
 
     def _evaluated(self, name: str) -> Tensor | None:
         """The mixed parameter ``name``, within a call."""
         tensors = self._tensors(name)
-        if self._are_repeated and (tiles := self._tiles(name)) is not None:
-            tensors = [repeated(tile, cut) for tile, cut in zip(tiles, self._cuts, strict=True)]
+        if tensors is None and self._cuts is not None and (tiles := self._tiles(name)) is not None:
+            tensors = self._cuts.repeated(tiles)
         return None if tensors is None else F.mix(tensors, self.coefficients)
 
     def _mixed(self, name: str) -> Tensor | None:
@@ -547,5 +496,5 @@ class ReplacementLayer(nn.Module):
         """Sources and options, for printing."""
         borrowed = ", coefficients shared" if len(self._borrowed) else ""
         detached = f", detach={self.detach}" if self.detach else ""
-        cut = ", cut" if self._cuts else ""
+        cut = "" if self._cuts is None else ", cut"
         return f"sources={len(self._sources)}{cut}, granularity={self.granularity!r}{detached}{borrowed}"

@@ -6,7 +6,7 @@ A ``SourceView`` is what a user says of one source. The layer keeps the source i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,11 +126,6 @@ def module_of(source: Source) -> nn.Module:
     return source.module if isinstance(source, SourceView) else source
 
 
-def cut_of(source: Source) -> Cut:
-    """What of it is mixed."""
-    return source.cut if isinstance(source, SourceView) else WHOLE
-
-
 def view_of(module: nn.Module, cut: Cut) -> Source:
     """``module`` itself where all of it is mixed, else its view."""
     return module if cut == WHOLE else SourceView(module, cut.out, cut.in_, repeats=cut.repeats)
@@ -142,6 +137,33 @@ def shapes_of(source: Source) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in source.named_parameters()}
     parameters = {"weight": source.weight, "bias": source.bias}
     return {name: tuple(parameter.shape) for name, parameter in parameters.items() if parameter is not None}
+
+
+class Cuts(NamedTuple):
+    """What of each of a layer's sources is mixed."""
+
+    each: tuple[Cut, ...]
+    like: tuple[int, ...]
+    """For each source the first that is the same and is cut into as many parts: they are cut once."""
+    repeat: bool
+    """Whether some source is repeated."""
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], detach: Collection[int]) -> Cuts | None:
+        """What ``sources`` say, of which some are detached; None where they are whole."""
+        each = tuple(source.cut if isinstance(source, SourceView) else WHOLE for source in sources)
+        modules = enumerate(map(module_of, sources))
+        keys = [(id(module), each[j].out[1], each[j].in_[1], j in detach) for j, module in modules]
+        like = tuple(keys.index(key) for key in keys)
+        return None if set(each) == {WHOLE} else cls(each, like, any(cut.repeats != (1, 1) for cut in each))
+
+    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts that are meant of the sources' ``tensors``, not repeated."""
+        return cut_once(tensors, self.each, self.like)
+
+    def repeated(self, tiles: Sequence[Tensor]) -> list[Tensor]:
+        """What ``cut`` made, each part as often as it is mixed."""
+        return list(map(repeated, tiles, self.each))
 
 
 def cut_once(tensors: Sequence[Tensor], cuts: Sequence[Cut], like: Sequence[int] | None = None) -> list[Tensor]:
