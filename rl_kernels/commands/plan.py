@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rl_kernels.conversion.grouping import Granularity
 from rl_kernels.conversion.memory import STATES, Optimizer
-from rl_kernels.conversion.options import Level, Norms, Share
+from rl_kernels.conversion.options import Boundaries, Level, Norms, Share
 from rl_kernels.conversion.planner import plan
 from rl_kernels.conversion.targets import NAMED
 from rl_kernels.conversion.zoo import build
@@ -28,6 +28,8 @@ from rl_kernels.conversion.zoo import build
 @click.option("--norms", type=click.Choice(get_args(Norms)), default="mixed", show_default=True)
 @click.option("--granularity", type=click.Choice(get_args(Granularity)), default="scalar", show_default=True)
 @click.option("--share", type=click.Choice(get_args(Share)), help="Coefficients for each.  [default: block]")
+@click.option("--window", type=int, default=1, show_default=True, help="Neighbours on each side.")
+@click.option("--boundaries", type=click.Choice(get_args(Boundaries)), default="skipped", show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Save the plan to this file too.")
 def plan_command(
     model: str,
@@ -41,6 +43,8 @@ def plan_command(
     norms: Norms,
     granularity: Granularity,
     share: Share | None,
+    window: int,
+    boundaries: Boundaries,
     path: Path | None,
 ) -> None:
     """Show which blocks of MODEL would be replaced, and by which neighbours.
@@ -59,6 +63,8 @@ def plan_command(
             granularity=granularity,
             share=share,
             norms=norms,
+            window=window,
+            boundaries=boundaries,
             budget=budget,
             optimizer=optimizer,
         )

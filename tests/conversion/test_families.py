@@ -135,10 +135,21 @@ def test_all_that_is_done_with_a_replaced_model(family: str, tmp_path: Path) -> 
     model.state_dict()
 
 
-@families
-def test_compiled(family: str) -> None:
-    model, _, _, x = replaced(family)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: ViT(3), {"granularity": "head", "targets": "attention"}),
+        (lambda: sequential(5), {"window": 2, "constraint": "convex"}),
+        (lambda: ResNet((2, 1)), {"boundaries": "blocks", "targets": "conv"}),
+        (lambda: ResNet((1, 2)), {"boundaries": "blocks", "targets": "conv", "granularity": "channel"}),
+    ],
+    ids=["groups", "window", "cut", "repeated"],
+)
+def test_compiled(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    model = make().double().eval()
+    rl.replace(model, rl.plan(model, every=2, **options))
     spread_out(model)
+    x = given(model)
     expected = model(x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     y = compiled(x)
