@@ -46,6 +46,10 @@ def plan(
     the first block from there on that can be replaced: whose previous and next block in the same container have, for
     what is to be replaced, equal shapes, and are kept themselves. A layer that several blocks share stays.
 
+    The defaults are the paper's rule, where it says. Its successor RepL (arXiv 2605.19533) transforms the neighbours'
+    parameters more freely; its equations could not be read. So ``granularity``, ``window`` and ``boundaries`` are
+    options of this package, and none of their values is claimed to be RepL's.
+
     Args:
         model: on any device, the meta device included.
         every: at least 2, as the neighbours of a replaced block are kept; 4 by default.

@@ -36,7 +36,8 @@ class SourceView:
     repeated along ``out``, so that blocks beside one another have the same. A depthwise convolution has one row of the
     weight for each channel: it is cut and repeated along ``out`` alone, and its channels with it.
 
-    The paper (arXiv 2410.01239) mixes layers of one size: this goes beyond it.
+    The paper (arXiv 2410.01239) mixes layers of one size. This is an option beyond it: what its successor RepL (arXiv
+    2605.19533) does between sizes could not be read.
 
     Args:
         module: ``nn.Linear`` or ``nn.Conv1d``, ``2d``, ``3d`` without groups, or depthwise.
