@@ -157,7 +157,7 @@ class _Saved:
         if found not in (1, _FORMAT):
             by = fields.get("versions", {}).get("rl_kernels") if isinstance(fields.get("versions"), dict) else None
             raise ValueError(
-                f"folder: got {folder}, saved in format {found!r} by rl_kernels {by}, expected format {_FORMAT}: "
+                f"folder: got {folder}, saved in format {found!r} by rl_kernels {by}, expected format {_FORMAT} or 1: "
                 f"this is rl_kernels {__version__}, and a newer one reads it"
             )
         try:

@@ -25,7 +25,7 @@ from rl_kernels.nn.coefficients import (
     initial_coefficients,
 )
 from rl_kernels.nn.standing import Standing, found_again, paths_of
-from rl_kernels.nn.views import Cut, Cuts, Source, SourceView, Tiles, module_of, shapes_of, view_of
+from rl_kernels.nn.views import Cut, Cuts, Source, SourceView, Tiles, both_as_seen, module_of, shapes_of, view_of
 
 Layer = TypeVar("Layer", bound="ReplacementLayer")
 Plain = TypeVar("Plain", bound=nn.Module)
@@ -254,7 +254,7 @@ class ReplacementLayer(nn.Module):
 
     @classmethod
     def _check_alike(cls, name: str, layer: Any, other_name: str, other: Any, ignored: Collection[str] = ()) -> None:
-        found, expected = cls.signature(layer), cls.signature(other)
+        found, expected = map(cls.signature, both_as_seen(layer, other))
         for key in sorted((found.keys() | expected.keys()) - set(ignored)):
             if found.get(key) != expected.get(key):
                 raise ValueError(f"{name}: got {key} {found.get(key)}, expected {expected.get(key)} as {other_name}")
@@ -290,8 +290,7 @@ class ReplacementLayer(nn.Module):
         if len(sources) != len(self._sources):
             raise ValueError(f"sources: got {len(sources)} layers, expected {len(self._sources)}")
         self.check_sources(sources)
-        # The layer bound before may be out of the model already, and left behind where that was moved or cast.
-        moved = ("dtype", "device")
+        moved = ("dtype", "device")  # The layer bound before may be out of the model, and left behind where that moved.
         self._check_alike("sources[0]", sources[0], "the one bound before", self.views[0], ignored=moved)
         modules = [module_of(source) for source in sources]
         self.run_on([*modules, *self._borrowed])

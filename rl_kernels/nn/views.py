@@ -67,7 +67,9 @@ class SourceView:
             _check_two(name, numbers)
         depthwise = is_depthwise(module)
         groups = 1 if isinstance(module, nn.Linear) else module.groups
-        if groups > 1 and not (depthwise and in_ == (0, 1) and repeats[1] == 1):
+        cut = Cut(*map(tuple, (out, in_, repeats)))  # type: ignore[arg-type]
+        along_out = cut.in_ == (0, 1) and cut.repeats[1] == 1
+        if groups > 1 and not (depthwise and along_out) and cut != WHOLE:
             cuts = f"in_={tuple(in_)}, repeats={tuple(repeats)}"
             raise ValueError(
                 f"module: got {groups} groups with {cuts}, expected 1, or a depthwise one cut by out alone"
@@ -80,7 +82,7 @@ class SourceView:
         if min(repeats) < 1:
             raise ValueError(f"repeats: got {tuple(repeats)}, expected at least 1")
         self.module = module
-        self.cut = Cut(tuple(out), tuple(in_), tuple(repeats))  # type: ignore[arg-type]
+        self.cut = cut
 
     @property
     def weight(self) -> Tensor:
@@ -138,6 +140,18 @@ def shapes_of(source: Source) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in source.named_parameters()}
     parameters = {"weight": source.weight, "bias": source.bias}
     return {name: tuple(parameter.shape) for name, parameter in parameters.items() if parameter is not None}
+
+
+def both_as_seen(source: Any, other: Any) -> tuple[Any, Any]:
+    """Two sources to be compared: both as views where one is, so that a parametrised layer is like a plain one."""
+    if isinstance(source, SourceView) == isinstance(other, SourceView):
+        return source, other
+    return as_view(source), as_view(other)
+
+
+def as_view(source: Any) -> SourceView:
+    """``source``, all of it as a view where it is none."""
+    return source if isinstance(source, SourceView) else SourceView(source)
 
 
 class Cuts(NamedTuple):

@@ -6,6 +6,7 @@ One body for all: gradients against a mix by hand, and all that is done with a r
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import rl_kernels as rl
 from rl_kernels.nn import ReplacementLayer, ReplacementLinear, SourceView
@@ -113,6 +115,8 @@ def test_all_that_is_done_with_a_replaced_model(family: str, tmp_path: Path) -> 
     assert str(plan).count("replaced") >= 1
 
     rl.save_pretrained(model, tmp_path)
+    newer = any(layer.cuts or isinstance(layer.granularity, int) for block in plan.replaced for layer in block.layers)
+    assert json.loads((tmp_path / "rl_kernels.json").read_text())["format"] == 1 + newer
     again = rl.load_pretrained(tmp_path, copy.deepcopy(plain))
     for twin in (again, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert relative_error(twin(x), expected) < 1e-12
@@ -365,6 +369,20 @@ def test_stages_that_do_not_follow_one_another_stay_apart() -> None:
     assert skipped["left.layer2.1"] == "stage boundary"
     with pytest.raises(ValueError, match="nothing can be replaced"):
         rl.plan(towers, every=2, targets="conv", level="block")
+
+
+def test_parametrized_layers_of_other_sizes() -> None:
+    model = ResNet((2, 2)).double().eval()
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d):
+            weight_norm(module)
+    plan = rl.plan(model, every=2, boundaries="blocks", targets="conv")
+    rl.replace(model, plan)
+    spread_out(model)
+    x = image()
+    expected = model(x)
+    assert plan.replaced[0].is_cut
+    assert relative_error(rl.merge(model)(x), expected) < 1e-12
 
 
 SIZES = {
