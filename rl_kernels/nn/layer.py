@@ -169,12 +169,12 @@ class ReplacementLayer(nn.Module):
             return None, 1
         source, got = self.views[0], f"granularity: got {self.granularity!r}, expected"
         if why := self.why_not_by_channel(source):
-            raise ValueError(f"{got} 'scalar' for {full_name(source)}: {why}")
+            raise ValueError(f"{got} 'scalar' for {full_name(self._sources[0])}: {why}")
         out = self.out_channels_of(source)
         if self.granularity == "channel":
             return out, 1
         if out % self.granularity:
-            raise ValueError(f"{got} a divisor of {out}, the output channels of {full_name(source)}")
+            raise ValueError(f"{got} a divisor of {out}, the output channels of {full_name(self._sources[0])}")
         return self.granularity, out // self.granularity
 
     def _pairs_to_fit(self, own: nn.Module) -> list[tuple[Tensor, list[Tensor]]]:
