@@ -202,7 +202,7 @@ class ColwiseParallel(torchs.ColwiseParallel):
     A replaced layer has no weight to shard: give its sources the same style. The kernels run on the local shards.
 
     Its coefficients are the same on every rank, whether they belong to it or to a layer that is not parallel, such as a
-    norm.
+    norm. Sources that are cut or repeated (``rl_kernels.nn.SourceView``) are refused with a ``ValueError``.
 
     Layouts: as torch's: the input replicated, the output sharded in its last dimension, unless told otherwise.
     """
@@ -210,6 +210,7 @@ class ColwiseParallel(torchs.ColwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, ReplacementLinear):
             return super()._apply(module, device_mesh)
+        _check_whole(module)
         return _replicate_coefficients(self, module, device_mesh)
 
 
@@ -222,8 +223,17 @@ class RowwiseParallel(torchs.RowwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, ReplacementLinear):
             return super()._apply(module, device_mesh)
+        _check_whole(module)
         self.desired_input_layouts = (Shard(-1),)
         return _replicate_coefficients(self, module, device_mesh)
+
+
+def _check_whole(module: ReplacementLinear) -> None:
+    if module.cuts:
+        raise ValueError(
+            "module: got a ReplacementLinear whose sources are cut or repeated, expected whole ones: parts of a "
+            "sharded weight lie on several ranks"
+        )
 
 
 def _replicate_coefficients(

@@ -8,12 +8,12 @@ from typing import get_args
 import click
 from rich.console import Console
 
+from rl_kernels.conversion.grouping import Granularity
 from rl_kernels.conversion.memory import STATES, Optimizer
-from rl_kernels.conversion.options import Level, Norms, Share
+from rl_kernels.conversion.options import Boundaries, Level, Norms, Share
 from rl_kernels.conversion.planner import plan
 from rl_kernels.conversion.targets import NAMED
 from rl_kernels.conversion.zoo import build
-from rl_kernels.nn.coefficients import GRANULARITIES
 
 
 @click.command("plan")
@@ -26,8 +26,10 @@ from rl_kernels.nn.coefficients import GRANULARITIES
 @click.option("--level", type=click.Choice(get_args(Level)), default="auto", show_default=True, help="What counts.")
 @click.option("--targets", type=click.Choice(list(NAMED)), multiple=True, help="Replace these only. Repeatable.")
 @click.option("--norms", type=click.Choice(get_args(Norms)), default="mixed", show_default=True)
-@click.option("--granularity", type=click.Choice(GRANULARITIES), default="scalar", show_default=True)
+@click.option("--granularity", type=click.Choice(get_args(Granularity)), default="scalar", show_default=True)
 @click.option("--share", type=click.Choice(get_args(Share)), help="Coefficients for each.  [default: block]")
+@click.option("--window", type=int, default=1, show_default=True, help="Neighbours on each side.")
+@click.option("--boundaries", type=click.Choice(get_args(Boundaries)), default="skipped", show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Save the plan to this file too.")
 def plan_command(
     model: str,
@@ -39,8 +41,10 @@ def plan_command(
     level: Level,
     targets: tuple[str, ...],
     norms: Norms,
-    granularity: str,
+    granularity: Granularity,
     share: Share | None,
+    window: int,
+    boundaries: Boundaries,
     path: Path | None,
 ) -> None:
     """Show which blocks of MODEL would be replaced, and by which neighbours.
@@ -56,9 +60,11 @@ def plan_command(
             offset=offset,
             strict=strict,
             level=level,
-            granularity=granularity,  # type: ignore[arg-type]
+            granularity=granularity,
             share=share,
             norms=norms,
+            window=window,
+            boundaries=boundaries,
             budget=budget,
             optimizer=optimizer,
         )

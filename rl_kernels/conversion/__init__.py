@@ -4,6 +4,7 @@ How a plan comes about, top down:
 
 * ``planner.py``: ``plan()``. It checks its arguments (``options.py``, ``targets.py``) and fills in a ``Plan``
   (``plans.py``: its data, its file, how it prints).
+* ``grouping.py``: how many coefficients a layer has at a granularity.
 * ``memory.py``: the bytes that training takes.
 * ``walk.py``: which blocks are due, and what stands against each; on ``blocks.py``: what a model is made of.
 * ``replacing.py``: ``replace()`` carries a plan out; ``merging.py``: ``merge()`` takes it back.

@@ -9,7 +9,7 @@ from torch import nn
 from rl_kernels.conversion.blocks import class_of
 from rl_kernels.nn import ReplacementLayer
 from rl_kernels.nn.adapters import HOOKS
-from rl_kernels.nn.layer import Belongings
+from rl_kernels.nn.belongings import Belongings
 
 _INTERNAL = frozenset(vars(nn.Module()))
 

@@ -22,6 +22,7 @@ from rl_kernels.nn import Coefficients, ReplacementLayer
 from rl_kernels.nn.adapters import full_name
 from rl_kernels.nn.coefficients import Constraint, Granularity
 from rl_kernels.nn.standing import TRANSPARENT
+from rl_kernels.nn.views import Cut, shapes_of, view_of
 
 _ORIGIN = "as it was saved"
 
@@ -74,6 +75,7 @@ class LayerEntry:
         coefficients: the path of its coefficients, its own or others'; None where it has none.
         granularity, detach: its options.
         affine: ``"own"`` for a norm with affine parameters of its own.
+        cuts: what of each source is mixed, as ``rl_kernels.nn.views.Cut``; empty where all of all.
     """
 
     paths: tuple[str, ...]
@@ -85,6 +87,7 @@ class LayerEntry:
     granularity: Granularity
     detach: tuple[int, ...]
     affine: str = "mixed"
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def path(self) -> str:
@@ -106,7 +109,16 @@ class Inventory:
 
     def as_dict(self) -> dict[str, Any]:
         """The inventory as JSON has it; ``from_dict`` reads it."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        for entry in fields["layers"]:
+            if not entry["cuts"]:
+                del entry["cuts"]  # What versions without them read.
+        return fields
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether it has what versions that know whole sources, and "scalar" and "channel" alone, do not read."""
+        return any(entry.cuts or isinstance(entry.granularity, int) for entry in self.layers)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Inventory:
@@ -115,6 +127,7 @@ class Inventory:
         def layer(**entry: Any) -> LayerEntry:
             for name in ("paths", "sources", "detach"):
                 entry[name] = tuple(entry[name])
+            entry["cuts"] = tuple(Cut(*map(tuple, cut)) for cut in entry.get("cuts", ()))
             entry["shapes"] = {name: tuple(shape) for name, shape in entry["shapes"].items()}
             return LayerEntry(**entry)
 
@@ -163,12 +176,13 @@ def _entry(layer: ReplacementLayer, places: Mapping[int, list[str]]) -> LayerEnt
         paths=paths,
         kind=kind.__name__,
         instead_of=None if had is None else had.class_before.__name__,
-        shapes={name: tuple(parameter.shape) for name, parameter in layer.sources[0].named_parameters()},
+        shapes=shapes_of(layer.views[0]),
         sources=tuple(_place(source, places) for source in layer.sources),
         coefficients=places[id(layer.coefficient_module)][0] if mixes else None,
         granularity=layer.granularity,
         detach=layer.detach,
         affine="mixed" if mixes else "own",
+        cuts=layer.cuts,
     )
 
 
@@ -198,12 +212,13 @@ def _find(model: nn.Module, entry: LayerEntry) -> Found:
     if kind is None:
         raise ValueError(f"model: got a {entry.kind} at {entry.path}, expected a replaced layer of rl_kernels.nn")
     own = find_layer(model, entry.path, entry.instead_of, entry.shapes, _ORIGIN)
-    sources = tuple(layer_at(model, path, _ORIGIN) if path else own for path in entry.sources)
+    modules = [layer_at(model, path, _ORIGIN) if path else own for path in entry.sources]
     try:
+        sources = tuple(map(view_of, modules, entry.cuts or [Cut()] * len(modules)))
         kind.check_sources([*sources, own])
     except (TypeError, ValueError) as error:
         raise ValueError(f"model: the layer at {entry.path} and its neighbours do not fit: {error}") from error
-    for path, module in zip((entry.path, *entry.sources), (own, *sources), strict=True):
+    for path, module in zip((entry.path, *entry.sources), (own, *modules), strict=True):
         if reason := why_not(kind, module):
             raise ValueError(f"model: got a layer at {path} that cannot be mixed: {reason}")
     if lost := what_would_be_lost(own, kind, entry.path):

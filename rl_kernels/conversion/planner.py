@@ -8,12 +8,13 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from rl_kernels.conversion.blocks import check_plain, count
+from rl_kernels.conversion.grouping import Granularity
 from rl_kernels.conversion.memory import STATES, Optimizer, buffer_bytes, bytes_of, format_bytes, parse_bytes
-from rl_kernels.conversion.options import Level, Norms, Options, Share, one_of
+from rl_kernels.conversion.options import Boundaries, Level, Norms, Options, Share, one_of
 from rl_kernels.conversion.plans import Plan
 from rl_kernels.conversion.targets import Target, Targets
 from rl_kernels.conversion.walk import find, siblings, stages, summary, walk
-from rl_kernels.nn.coefficients import Constraint, Granularity, Init
+from rl_kernels.nn.coefficients import Constraint, Init
 
 
 def plan(
@@ -30,6 +31,8 @@ def plan(
     detach: Collection[int] = (),
     share: Share | None = None,
     norms: Norms = "mixed",
+    window: int = 1,
+    boundaries: Boundaries = "skipped",
     budget: int | str | None = None,
     optimizer: Optimizer = "adamw",
 ) -> Plan:
@@ -42,6 +45,10 @@ def plan(
     are walked in order over the whole model. A replacement falls due ``every`` blocks after the last one, and goes to
     the first block from there on that can be replaced: whose previous and next block in the same container have, for
     what is to be replaced, equal shapes, and are kept themselves. A layer that several blocks share stays.
+
+    The defaults are the paper's rule, where it says. Its successor RepL (arXiv 2605.19533) transforms the neighbours'
+    parameters more freely; its equations could not be read. So ``granularity``, ``window`` and ``boundaries`` are
+    options of this package, and none of their values is claimed to be RepL's.
 
     Args:
         model: on any device, the meta device included.
@@ -60,14 +67,36 @@ def plan(
             the model registers them; ``"auto"``: the layers where no block has neighbours of its shape, but for those
             whose neighbour stands beside them in one module, as a key beside a query, and not in a sequence or under a
             numbered name (``conv1``, ``conv2``).
-        init: initial coefficients, as ``rl_kernels.nn.ReplacementLayer`` has them: None, two numbers, or ``"fit"``.
+        init: initial coefficients, as ``rl_kernels.nn.ReplacementLayer`` has them: None, two numbers (of the previous
+            and the next), or ``"fit"``.
         constraint: ``"free"`` or ``"convex"``, as there.
-        granularity: ``"scalar"`` or ``"channel"``, as there.
+        granularity: ``"scalar"``, as in the paper. Beyond it, by layer: ``"projection"``, a pair for each of an
+            attention's projections, of query, key, value and output, also where one linear layer holds three of them;
+            ``"head"``, a pair for each head in them, where a module says how many there are; ``"channel"``, a pair for
+            each output channel. Layers that have no such groups have one pair each.
         detach: 0 or 1 or both: the neighbours (the previous, the next) that get no gradient from replaced blocks.
         share: ``"block"``: one pair of coefficients for a replaced block, as in the paper; ``"layer"``: one for each
-            of its layers. None for ``"block"``, or ``"layer"`` where the granularity is ``"channel"``.
+            of its layers, as fc1 and fc2. None for ``"block"``, or ``"layer"`` where the granularity is not
+            ``"scalar"``.
         norms: ``"mixed"``: the affine parameters of a replaced block's norms are mixed too, unless ``targets`` leaves
             them out; ``"own"``: they stay as they are. The paper does not say.
+        window: how many neighbours on each side are mixed: 1, as in the paper. Beyond it, with 2 the previous and the
+            next come first, then those at distance 2. These are left out where the container ends, where shapes
+            differ, and where they are replaced; the plan lists a block's sources. The near two start at 0.5 each and
+            the others at 0 (all alike where they are convex): the mix starts with the mean and the variance, and norms
+            with the gain, of the paper's two sources. ``init`` takes ``2 * window`` numbers in this order, and
+            ``detach`` their indices; the number of what is left out goes with it, and convex ones are scaled to the
+            sum 1. A block that another is mixed from is not replaced.
+        boundaries: ``"skipped"``: a block whose neighbours have other sizes stays, as the first of a stage. Beyond the
+            paper, ``"blocks"``: stages whose names differ in one number follow one another (``layer1``, ``layer2``),
+            and linear layers and convolutions whose sizes are multiples of one another are mixed. A larger neighbour is
+            cut into blocks of the layer's shape, each a source with a coefficient, a smaller one is repeated: see
+            ``rl_kernels.nn.SourceView``. What a neighbour lacks or has in another kernel size, depthwise or not, or
+            ratio stays the block's own, norms of another length too; the plan says why. Each layer of such a block has
+            coefficients of its own, whatever ``share`` says, and none of neighbours at a distance of more than 1. A
+            neighbour's number (0.5, or of ``init``) is divided by the root of how many of its blocks are added in an
+            output channel and of how often an input is repeated: the output starts with the variance that
+            it has where sizes are equal, for weights that are initialised by their number of inputs.
         budget: instead of ``every``, the memory for training: an integer of bytes, or text such as ``"1.5 GiB"`` or
             ``"800 MB"``. Chosen is the largest ``every``, so the fewest replacements, with which parameters, gradients
             and the state of ``optimizer`` fit into it; a model that fits as it is gets these, too. Activations come on
@@ -92,10 +121,10 @@ def plan(
         _at_least("offset", offset, 1)
     one_of("level", level, get_args(Level))
     one_of("optimizer", optimizer, STATES)
-    options = Options(cast(Any, init), constraint, granularity, cast(Any, detach), share, norms)
+    options = Options(cast(Any, init), constraint, granularity, cast(Any, detach), share, norms, window, boundaries)
     chosen = Targets(targets, norms, granularity)
 
-    walked, slots = find(model, chosen, level)
+    walked, slots = find(model, chosen, level, options)
     parameter_bytes, trainable_bytes = bytes_of(model.parameters())
     parameters, buffers, containers = count(model), buffer_bytes(model), stages(slots)
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rl_kernels._moved import renamed, warn
+from rl_kernels.conversion.blocks import join
 from rl_kernels.conversion.memory import ASSUMED, STATES, Memory, Optimizer, footprint, table
 from rl_kernels.conversion.options import Options, one_of
+from rl_kernels.nn.coefficients import Granularity as LayerGranularity
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,8 +34,33 @@ Reason = Literal[
     "siblings",
 ]
 
-_FORMAT = 3
-"""1, of version 0.1.0, and 2 know numbers, not bytes; 1 calls a block's ``kept`` parts ``own``. Both are read too."""
+_FORMAT = 4
+"""1, of version 0.1.0, and 2 know numbers, not bytes; 1 calls a block's ``kept`` parts ``own``; 3 knows two neighbours,
+and one granularity for all layers. All are read too."""
+
+
+@dataclass(frozen=True)
+class PlannedCut:
+    """A source of a layer that is a part of one of its block's sources, or that is repeated; or all of one.
+
+    Attributes:
+        neighbour: the number of that source of the block, from 0.
+        out, in_, repeats: as ``rl_kernels.nn.SourceView`` has them.
+    """
+
+    neighbour: int
+    out: tuple[int, int] = (0, 1)
+    in_: tuple[int, int] = (0, 1)
+    repeats: tuple[int, int] = (1, 1)
+
+    @property
+    def factor(self) -> float:
+        """What its coefficient starts with of its neighbour's number: so that the output's variance is as without.
+
+        That holds where the variance of weights goes with 1 / inputs, as where torch initialises them: of n blocks one
+        below the other all are added up, and the r inputs that a repeated column sees as well.
+        """
+        return (self.out[1] * self.repeats[1]) ** -0.5
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,8 @@ class PlannedLayer:
         coefficients: how many numbers are learned in place of them, if it shares them with no other layer.
         kind: the class that takes its place; empty in plans of older formats, which know one for each class.
         stored: how many numbers of the mix are stored while it runs: 0 where a kernel synthesises it.
+        granularity: of the layer that takes its place; None in plans of older formats, for the options'.
+        cuts: its sources, where not each is all of one of its block's; empty where they are.
     """
 
     path: str
@@ -55,6 +84,8 @@ class PlannedLayer:
     coefficients: int
     kind: str = ""
     stored: int = 0
+    granularity: LayerGranularity | None = None
+    cuts: tuple[PlannedCut, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -80,12 +111,13 @@ class ReplacedBlock:
         number: in the walk over all blocks, counted from 1.
         path: in the model.
         class_name: of the block.
-        sources: paths of the blocks that it is mixed from: the previous and the next.
+        sources: paths of the blocks that it is mixed from: the previous and the next, then any further ones.
         layers: what is replaced in it.
         kept: what keeps its own parameters.
         coefficients: how many numbers are learned in place of the layers' parameters.
         bytes_saved: how many bytes of parameters fewer it holds after.
         trainable_bytes_saved: the same of the trainable ones.
+        distances: of the sources in blocks, negative before it.
     """
 
     number: int
@@ -97,6 +129,12 @@ class ReplacedBlock:
     coefficients: int
     bytes_saved: int
     trainable_bytes_saved: int
+    distances: tuple[int, ...] = (-1, 1)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a layer of it is mixed from layers of other sizes: then each layer has coefficients of its own."""
+        return any(layer.cuts for layer in self.layers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, also of version 0.1.0."""
@@ -248,10 +286,10 @@ class Plan:
         except json.JSONDecodeError as error:
             raise ValueError(f"text: got no JSON ({error}), expected a plan") from error
         found = fields.pop("format", None) if isinstance(fields, dict) else None
-        if found not in (1, 2, _FORMAT):
-            raise ValueError(f"text: got format {found!r}, expected a plan of format {_FORMAT}, 2 or 1")
+        if found not in (1, 2, 3, _FORMAT):
+            raise ValueError(f"text: got format {found!r}, expected a plan of format {_FORMAT}, 3, 2 or 1")
         try:
-            return _plan_from(fields, with_bytes=found == _FORMAT)
+            return _plan_from(fields, with_bytes=found >= 3)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"text: got a plan that does not read ({type(error).__name__}: {error})") from error
 
@@ -278,7 +316,12 @@ class Plan:
 
 
 def _plan_from(fields: dict[str, Any], with_bytes: bool) -> Plan:
+    def cut(neighbour: int, **rest: list[int]) -> PlannedCut:
+        pairs: Any = {name: tuple(numbers) for name, numbers in rest.items()}
+        return PlannedCut(neighbour, **pairs)
+
     def layer(shapes: dict[str, list[int]], **rest: Any) -> PlannedLayer:
+        rest["cuts"] = tuple(cut(**item) for item in rest.get("cuts", ()))
         return PlannedLayer(shapes={name: tuple(shape) for name, shape in shapes.items()}, **rest)
 
     def block(sources: list[str], layers: list[Any], **rest: Any) -> ReplacedBlock:
@@ -286,6 +329,7 @@ def _plan_from(fields: dict[str, Any], with_bytes: bool) -> Plan:
         planned, kept = tuple(layer(**item) for item in layers), tuple(KeptPart(**item) for item in parts)
         if not with_bytes:
             rest |= _assumed_saving(planned, rest["coefficients"])
+        rest["distances"] = tuple(rest.get("distances", (-1, 1)))
         return ReplacedBlock(sources=tuple(sources), layers=planned, kept=kept, **rest)
 
     if not with_bytes:
@@ -382,20 +426,40 @@ def _totals(plan: Plan) -> Text:
 
     options = plan.options
     unit = plan.level if options.share == "block" else "layer"
-    pairs = f"one pair of coefficients a {unit}" + (" and channel" if options.granularity == "channel" else "")
-    starts = {None: "0.5 each", "fit": "the least-squares fit"}
+    each = {"scalar": "", "channel": " and channel", "projection": ", a pair for each projection of an attention"}
+    each["head"] = ", a pair for each head of an attention"
+    pairs = f"one pair of coefficients a {unit}{each[options.granularity]}"
+    if options.window == 1:
+        default = "0.5 each"
+    else:
+        default = "0.5 each for the nearest two and 0" if options.constraint == "free" else "the same each"
+        pairs = pairs.replace("pair of coefficients", "coefficient for each source", 1).replace("a pair", "one")
+    starts = {None: default, "fit": "the least-squares fit"}
     start = str(options.init) if isinstance(options.init, tuple) else starts[options.init]
     details = [pairs, options.constraint, f"starting from {start}"]
     if options.detach:
-        details.append("no gradient to the " + " or the ".join(("previous", "next")[j] for j in options.detach))
+        names = [("previous", "next")[j % 2] + (f" at distance {j // 2 + 1}" if j > 1 else "") for j in options.detach]
+        details.append("no gradient to the " + " or the ".join(names))
     assumed = f"\nA number is taken for {ASSUMED} bytes: the plan is of an older version, which did not count them."
     return Text(
         f"{len(plan.replaced)} of {plan.blocks} {plan.level}s replaced; {', '.join(details)}.\n"
         f"Parameters: {plan.parameters:,} -> {plan.parameters_after:,} "
         f"({plan.saved:,} saved, {100 * plan.saved / plan.parameters:.1f} %)"
         + (assumed if plan.bytes_assumed else "")
-        + "".join(f"\n{line}" for line in _stored(plan))
+        + "".join(f"\n{line}" for line in (*_cut(plan), *_stored(plan)))
     )
+
+
+def _cut(plan: Plan) -> list[str]:
+    """What is said of blocks whose neighbours have other sizes."""
+    found = [
+        f"{join(block.path, layer.path)} from {len(layer.cuts)}"
+        for block in plan.replaced
+        for layer in block.layers
+        if layer.cuts
+    ]
+    text = "Mixed from parts of larger neighbours, or from smaller ones repeated, by coefficients of their own"
+    return [f"{text}: {', '.join(found)}."] if found else []
 
 
 def _stored(plan: Plan) -> list[str]:

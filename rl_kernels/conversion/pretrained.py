@@ -21,7 +21,8 @@ from rl_kernels.conversion.memory import parse_bytes
 from rl_kernels.nn import Coefficients, ReplacementLayer
 from rl_kernels.nn.adapters import full_name, has_adapters
 
-_FORMAT = 1
+_FORMAT = 2
+"""1 knows whole sources, and the granularities "scalar" and "channel". What it can say is written so."""
 
 Build = Callable[[], nn.Module] | nn.Module | type | None
 
@@ -68,7 +69,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, max_shard_size: int
     if not _is_writer(model, tensors):
         return
     record = {
-        "format": _FORMAT,
+        "format": _FORMAT if inventory.is_newer else 1,
         "versions": {"rl_kernels": __version__, "torch": str(torch.__version__)},
         "model": ":".join(named(inner)),
         "replaced": inventory.as_dict(),
@@ -153,10 +154,10 @@ class _Saved:
     def read(cls, folder: Path) -> _Saved:
         fields = files.read_record(folder)
         found = fields.get("format")
-        if found != _FORMAT:
+        if found not in (1, _FORMAT):
             by = fields.get("versions", {}).get("rl_kernels") if isinstance(fields.get("versions"), dict) else None
             raise ValueError(
-                f"folder: got {folder}, saved in format {found!r} by rl_kernels {by}, expected format {_FORMAT}: "
+                f"folder: got {folder}, saved in format {found!r} by rl_kernels {by}, expected format {_FORMAT} or 1: "
                 f"this is rl_kernels {__version__}, and a newer one reads it"
             )
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,10 +20,11 @@ from rl_kernels.conversion.blocks import (
 )
 from rl_kernels.conversion.carrying import carry, what_would_be_lost
 from rl_kernels.conversion.options import Options
-from rl_kernels.conversion.plans import Plan, PlannedLayer, ReplacedBlock
+from rl_kernels.conversion.plans import Plan, PlannedCut, PlannedLayer, ReplacedBlock
 from rl_kernels.nn import ReplacementLayer
-from rl_kernels.nn.coefficients import Init, initial_coefficients
+from rl_kernels.nn.coefficients import Granularity, Init, initial_coefficients
 from rl_kernels.nn.standing import paths_of
+from rl_kernels.nn.views import Cut, SourceView, module_of, view_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,9 +54,10 @@ def replace(model: Model, plan: Plan) -> Model:
     if not plan.replaced:
         raise ValueError("plan: got one that replaces nothing, expected at least one block")
     sharing = Sharing(model)
-    blocks = [[_find(model, block, layer, sharing) for layer in block.layers] for block in plan.replaced]
+    options = plan.options
+    blocks = [[_find(model, block, layer, options, sharing) for layer in block.layers] for block in plan.replaced]
     _check_apart(blocks)
-    made = {path: layer for items in blocks for path, layer in _make(items, plan.options)}
+    made = {path: layer for items in blocks for path, layer in _make(items, options)}
     put(model, {item.path: item.own for items in blocks for item in items}, made, made)
     return model
 
@@ -79,25 +81,30 @@ def put(
 
 @dataclass(frozen=True)
 class Found:
-    """A layer to be replaced, as it was found in the model."""
+    """A layer to be replaced, as it was found in the model, its sources modules or views of some."""
 
     path: str
     kind: type[ReplacementLayer]
     own: nn.Module
-    sources: tuple[nn.Module, ...]
+    sources: tuple[Any, ...]
+    granularity: Granularity = "scalar"
+    start: Init = None
+    detach: tuple[int, ...] = ()
 
 
-def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: Sharing) -> Found:
+def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, options: Options, sharing: Sharing) -> Found:
     path, *source_paths = (join(where, layer.path) for where in (block.path, *block.sources))
     own = find_layer(model, path, layer.class_name, layer.shapes)
-    sources = tuple(layer_at(model, where) for where in source_paths)
+    modules = [layer_at(model, where) for where in source_paths]
     kind = kind_named(layer.kind) if layer.kind else replacement_for(own)
     if kind is None:
         raise ValueError(f"model: got {layer.class_name} at {path}, for which there is no replacement")
-    for where, module in zip((path, *source_paths), (own, *sources), strict=True):
+    for where, module in zip((path, *source_paths), (own, *modules), strict=True):
         if reason := why_not(kind, module):
             raise ValueError(f"model: got a layer at {where} that cannot be mixed: {reason}")
+    cuts = layer.cuts or [PlannedCut(j) for j in range(len(modules))]
     try:
+        sources = tuple(view_of(modules[cut.neighbour], Cut(cut.out, cut.in_, cut.repeats)) for cut in cuts)
         kind.check_sources([*sources, own])
     except (TypeError, ValueError) as error:
         raise ValueError(f"model: the layer at {path} and its neighbours do not fit: {error}") from error
@@ -109,7 +116,10 @@ def _find(model: nn.Module, block: ReplacedBlock, layer: PlannedLayer, sharing: 
         raise ValueError(
             f"model: got {lost}, which would be lost; expected a layer without, or hooks that are registered afterwards"
         )
-    return Found(path, kind, own, sources)
+    granularity: Any = layer.granularity or options.granularity  # Plans of older formats have the latter alone.
+    distances = [block.distances[cut.neighbour] for cut in cuts]
+    start, detach = options.start(distances, [cut.factor for cut in cuts]), options.detached(distances)
+    return Found(path, kind, own, sources, granularity, start, detach)
 
 
 def find_layer(
@@ -140,7 +150,7 @@ def layer_at(model: nn.Module, path: str, origin: str = "as in the plan") -> nn.
 def _check_apart(blocks: Sequence[Sequence[Found]]) -> None:
     """Raise if a layer is replaced twice, or replaced and mixed from."""
     items = [item for block in blocks for item in block]
-    taken = {id(source) for item in items for source in item.sources}
+    taken = {id(module_of(source)) for item in items for source in item.sources}
     for item in items:
         if id(item.own) in taken:
             raise ValueError(f"plan: got {item.path} replaced twice or mixed from, expected neighbours to be kept")
@@ -149,11 +159,11 @@ def _check_apart(blocks: Sequence[Sequence[Found]]) -> None:
 
 def _make(items: Sequence[Found], options: Options) -> Iterator[tuple[str, ReplacementLayer]]:
     """The new layers of a block with their paths. The first holds the coefficients that the others share."""
-    if options.share == "layer":
+    if options.share == "layer" or any(isinstance(source, SourceView) for item in items for source in item.sources):
         for item in items:
-            yield item.path, _with_coefficients(item, options.init, options, instead_of=[item])
+            yield item.path, _with_coefficients(item, item.start, options, instead_of=[item])
         return
-    init: Init = options.init
+    init = items[0].start
     if isinstance(init, str):
         pairs = [pair for item in items for pair in item.kind.fit_pairs(item.own, item.sources)]
         init = initial_coefficients(init, len(items[0].sources), None, options.constraint, pairs)
@@ -161,7 +171,7 @@ def _make(items: Sequence[Found], options: Options) -> Iterator[tuple[str, Repla
     yield items[0].path, first
     for item in items[1:]:
         borrowed = first.coefficient_module
-        yield item.path, item.kind(item.sources, own=item.own, detach=options.detach, coefficients=borrowed)
+        yield item.path, item.kind(item.sources, own=item.own, detach=item.detach, coefficients=borrowed)
 
 
 def _with_coefficients(item: Found, init: Init, options: Options, instead_of: Sequence[Found]) -> ReplacementLayer:
@@ -170,8 +180,8 @@ def _with_coefficients(item: Found, init: Init, options: Options, instead_of: Se
         own=item.own,
         init=init,
         constraint=options.constraint,
-        granularity=options.granularity,
-        detach=options.detach,
+        granularity=item.granularity,
+        detach=item.detach,
     )
     trained = any(parameter.requires_grad for item in instead_of for parameter in item.own.parameters())
     made.coefficient_module.requires_grad_(trained)

@@ -18,22 +18,24 @@ def _within(part: Part, *words: str) -> bool:
     return any(name.endswith(words) for name in names[:1]) or any(word in name for name in names[1:] for word in words)
 
 
-def _attention(part: Part) -> bool:
+def is_attention(part: Part) -> bool:
+    """Whether ``part`` is an attention, or in a module called so."""
     # A block called AttentionBlock holds more than its attention; one called SelfAttention is it.
     return isinstance(part.module, nn.MultiheadAttention) or (_within(part, "attention", "attn") and not _norm(part))
 
 
 def _mlp(part: Part) -> bool:
-    if _attention(part) or _norm(part):
+    if is_attention(part) or _norm(part):
         return False
-    return _linear(part) or _within(part, "mlp")
+    return is_linear(part) or _within(part, "mlp")
 
 
 def _conv(part: Part) -> bool:
     return isinstance(part.module, nn.modules.conv._ConvNd)
 
 
-def _linear(part: Part) -> bool:
+def is_linear(part: Part) -> bool:
+    """Whether ``part`` is a linear layer."""
     return isinstance(part.module, nn.Linear) or part.kind is ReplacementTransposedLinear
 
 
@@ -42,10 +44,10 @@ def _norm(part: Part) -> bool:
 
 
 NAMED: dict[str, Callable[[Part], bool]] = {
-    "attention": _attention,
+    "attention": is_attention,
     "mlp": _mlp,
     "conv": _conv,
-    "linear": _linear,
+    "linear": is_linear,
     "norm": _norm,
 }
 
@@ -58,7 +60,7 @@ class Targets:
             layers, or of modules that hold them; a function of a layer's path in the model and the layer, True where
             it is to be replaced.
         norms: ``"mixed"`` or ``"own"``.
-        granularity: ``"scalar"`` or ``"channel"``.
+        granularity: as ``plan``'s.
 
     Raises:
         ValueError: an unknown name, nothing at all, or ``"norm"`` together with ``norms="own"``.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from rl_kernels.conversion.blocks import (
     Sharing,
     class_of,
     composite_blocks,
+    is_norm,
     join,
     kind_of,
     leaf_blocks,
@@ -25,10 +27,12 @@ from rl_kernels.conversion.blocks import (
     stem,
     torch_class,
 )
+from rl_kernels.conversion.grouping import granularity_of
 from rl_kernels.conversion.memory import bytes_of
 from rl_kernels.conversion.options import Level, Options
 from rl_kernels.conversion.plans import (
     KeptPart,
+    PlannedCut,
     PlannedLayer,
     Reason,
     ReplacedBlock,
@@ -38,6 +42,7 @@ from rl_kernels.conversion.plans import (
 from rl_kernels.conversion.targets import Targets
 from rl_kernels.nn import ReplacementByForward
 from rl_kernels.nn.adapters import full_name, has_adapters
+from rl_kernels.nn.views import is_depthwise
 from rl_kernels.nn.wrapped import numbers_stored
 from rl_kernels.ops.mix import accumulate_dtype
 
@@ -60,48 +65,84 @@ class Slot:
     previous: Block | None = None
     next: Block | None = None
     obstacle: Obstacle | None = None
+    far: dict[int, Block] = field(default_factory=dict)
+    """Neighbours at a distance of more than 1, by distance, negative before it."""
+    cuts: dict[str, tuple[PlannedCut, ...]] = field(default_factory=dict)
+    """By path in the block, the sources of what is mixed from layers of other sizes."""
     siblings: tuple[str, ...] = ()
     """Neighbours of a single layer that stand beside it in one module, as a query, a key and a value do."""
 
 
-def find(model: nn.Module, targets: Targets, level: Level) -> tuple[Literal["block", "layer"], list[Slot]]:
+def find(
+    model: nn.Module, targets: Targets, level: Level, options: Options
+) -> tuple[Literal["block", "layer"], list[Slot]]:
     """The blocks to walk: composite ones, else layers in containers, else all layers that can be replaced.
 
     Raises:
         ValueError: nothing can be replaced in any of these.
     """
     seen: list[Slot] = []
-    for kind, slots in _walks(model, targets, level):
+    for kind, slots in _walks(model, targets, level, options):
         if any(slot.obstacle is None for slot in slots):
             return kind, slots
         seen = seen or slots
     raise _nothing(model, targets, level, seen)
 
 
-def _walks(model: nn.Module, targets: Targets, level: Level) -> Iterator[tuple[Literal["block", "layer"], list[Slot]]]:
+def _walks(
+    model: nn.Module, targets: Targets, level: Level, options: Options
+) -> Iterator[tuple[Literal["block", "layer"], list[Slot]]]:
     if level != "layer":
-        yield "block", _slots(composite_blocks(model, targets.classes), model, targets)
-        yield "block", _slots(leaf_blocks(model, targets.classes), model, targets)
+        yield "block", _slots(composite_blocks(model, targets.classes), model, targets, options)
+        yield "block", _slots(leaf_blocks(model, targets.classes), model, targets, options)
     if level != "block":
-        yield "layer", _layer_slots(model, targets, level)
+        yield "layer", _layer_slots(model, targets, level, options)
 
 
-def _slots(blocks: Sequence[Block], model: nn.Module, targets: Targets) -> list[Slot]:
+def _slots(blocks: Sequence[Block], model: nn.Module, targets: Targets, options: Options) -> list[Slot]:
     sharing = Sharing(model)
     slots = [_slot(block, targets, sharing) for block in blocks]
     by_stage: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         by_stage[slot.block.stage].append(slot)
     for stage in by_stage.values():
-        _link(stage)
+        _link(stage, options)
+    if options.boundaries == "blocks":
+        _join_stages(slots)
     for slot in slots:
-        slot.obstacle = slot.obstacle or _edge(slot, blocks) or _mismatch(slot)
+        slot.obstacle = slot.obstacle or _edge(slot, blocks) or _mismatch(slot, options)
+        _leave_out(slot)
     return slots
 
 
-def _link(chain: Sequence[Slot]) -> None:
+def _join_stages(slots: Sequence[Slot]) -> None:
+    """Let the last block of a stage and the first of the following one be neighbours."""
+    for slot, following in pairwise(slots):
+        alike = class_of(slot.block.module) is class_of(following.block.module)
+        ends = slot.next is None and following.previous is None
+        if ends and alike and _follow(slot.block.stage, following.block.stage):
+            slot.next, following.previous = following.block, slot.block
+
+
+def _follow(stage: str, other: str) -> bool:
+    """Whether the names say that one stage comes after the other: that one number in them is greater."""
+    mine, others = re.split(r"(\d+)", stage), re.split(r"(\d+)", other)
+    differ = [i for i, (one, two) in enumerate(zip(mine, others, strict=False)) if one != two]
+    return len(mine) == len(others) and [i % 2 for i in differ] == [1] and int(mine[differ[0]]) < int(others[differ[0]])
+
+
+def _link(chain: Sequence[Slot], options: Options) -> None:
     for slot, following in pairwise(chain):
         slot.next, following.previous = following.block, slot.block
+    for i, slot in enumerate(chain):
+        found = [distance for distance in options.distances[2:] if 0 <= i + distance < len(chain)]
+        slot.far = {distance: chain[i + distance].block for distance in found}
+
+
+def _leave_out(slot: Slot) -> None:
+    """Leave out those of the far neighbours that cannot be mixed into the block."""
+    fits = slot.obstacle is None and not slot.cuts
+    slot.far = {d: block for d, block in slot.far.items() if fits and not _why_unlike(slot, block)}
 
 
 def _edge(slot: Slot, blocks: Sequence[Block]) -> Obstacle | None:
@@ -115,7 +156,7 @@ def _edge(slot: Slot, blocks: Sequence[Block]) -> Obstacle | None:
     return None
 
 
-def _layer_slots(model: nn.Module, targets: Targets, level: Level) -> list[Slot]:
+def _layer_slots(model: nn.Module, targets: Targets, level: Level, options: Options) -> list[Slot]:
     sharing = Sharing(model)
     found = [_slot(block, targets, sharing) for block in leaf_layers(model, targets.classes)]
     slots = [slot for slot in found if slot.obstacle is None or slot.obstacle.reason != "nothing to replace"]
@@ -123,18 +164,21 @@ def _layer_slots(model: nn.Module, targets: Targets, level: Level) -> list[Slot]
     for slot in slots:
         chains[_kind_of_layer(slot.block.module)].append(slot)
     for kind, chain in chains.items():
-        _link(chain)
+        _link(chain, options)
         for slot in chain:
             if slot.obstacle is None and slot.previous is None:
                 slot.obstacle = Obstacle("first", f"no {kind} before it")
             if slot.obstacle is None and slot.next is None:
                 slot.obstacle = Obstacle("last", f"no {kind} after it")
-            neighbours = [other for other in (slot.previous, slot.next) if other is not None]
+            if level == "auto":
+                slot.far = {d: other for d, other in slot.far.items() if not _are_siblings(slot.block, other)}
+            neighbours = [other for other in (slot.previous, slot.next, *slot.far.values()) if other is not None]
             slot.siblings = tuple(other.path for other in neighbours if _are_siblings(slot.block, other))
-            slot.obstacle = slot.obstacle or _mismatch(slot)
+            slot.obstacle = slot.obstacle or _mismatch(slot, options)
             if level == "auto" and slot.siblings and slot.obstacle is None:
                 beside = f"{slot.siblings[0]} is beside it in {class_of(slot.block.inside[-1]).__name__}"
                 slot.obstacle = Obstacle("siblings", f"{beside}, not known to be before or after it")
+            _leave_out(slot)
     return slots
 
 
@@ -192,39 +236,99 @@ def _shared(block: Block, wanted: Sequence[Part], sharing: Sharing) -> Obstacle 
     return None
 
 
-def _mismatch(slot: Slot) -> Obstacle | None:
+def _mismatch(slot: Slot, options: Options) -> Obstacle | None:
     """What keeps the neighbours that there are from being mixed into the block."""
     for neighbour in (slot.previous, slot.next):
-        if neighbour is None:
-            continue
-        for part in slot.wanted:
-            detail = _difference(part, slot.block, neighbour)
-            if detail:
-                return Obstacle("shape mismatch", detail)
+        detail = "" if neighbour is None else _why_unlike(slot, neighbour)
+        if detail and options.boundaries == "blocks" and slot.previous is not None and slot.next is not None:
+            return _mix_parts(slot, slot.previous, slot.next)
+        if detail:
+            return Obstacle("shape mismatch", detail)
     return None
+
+
+def _mix_parts(slot: Slot, *neighbours: Block) -> Obstacle | None:
+    """Mix what can be of neighbours of other sizes, and keep the rest; the obstacle where that is nothing but norms."""
+    wanted, kept, cuts = [], [], {}
+    for part in slot.wanted:
+        found = [_cuts(part, slot.block, neighbour, j) for j, neighbour in enumerate(neighbours)]
+        why = next((reason for _, reason in found if reason), "")
+        if why:
+            kept.append(KeptPart(part.path, part.class_name, part.parameters, why))
+            continue
+        wanted.append(part)
+        sources = tuple(cut for cuts_of_one, _ in found for cut in cuts_of_one)
+        if sources != tuple(PlannedCut(j) for j in range(len(neighbours))):
+            cuts[part.path] = sources
+    if not any(part.module is not None and not is_norm(part.module) for part in wanted):
+        return Obstacle("shape mismatch", next(part.reason for part in kept))
+    slot.wanted, slot.kept, slot.cuts = wanted, [*slot.kept, *kept], cuts
+    return None
+
+
+def _cuts(part: Part, block: Block, neighbour: Block, number: int) -> tuple[list[PlannedCut], str]:
+    """What of a neighbour's layer is mixed into ``part`` of the block; or why nothing is."""
+    different = _difference(part, block, neighbour)
+    if not different or _found_in(part, block, neighbour)[0] is None or not (part.kind and part.kind.takes_views):
+        return [PlannedCut(number)], different
+    mine: Any = part.module
+    theirs: Any = neighbour.module.get_submodule(part.path)
+    weight, other = part.kind.main_weight(mine).shape, part.kind.main_weight(theirs).shape
+    ratios = [_ratio(size, from_size) for size, from_size in zip(weight[:2], other[:2], strict=True)]
+    groups = {getattr(layer, "groups", 1) for layer in (mine, theirs)}
+    depthwise = [is_depthwise(layer) for layer in (mine, theirs)]
+    alike = all(depthwise) or (groups == {1} and not any(depthwise))
+    same = [(layer.bias is None, p.dtype, p.device) for layer in (mine, theirs) for p in [part.kind.main_weight(layer)]]
+    if weight[2:] != other[2:] or None in ratios or not alike or same[0] != same[1]:
+        return [], different
+    (rows, below), (columns, beside) = (ratio for ratio in ratios if ratio is not None)
+    blocks = [(row, column) for row in range(rows) for column in range(columns)]
+    return [PlannedCut(number, (i, rows), (j, columns), (below, beside)) for i, j in blocks], ""
+
+
+def _ratio(size: int, from_size: int) -> tuple[int, int] | None:
+    """Into how many parts ``from_size`` is cut to make ``size``, and how often it is repeated; None where neither."""
+    if from_size % size == 0:
+        return from_size // size, 1
+    return (1, size // from_size) if size % from_size == 0 else None
+
+
+def _why_unlike(slot: Slot, neighbour: Block) -> str:
+    """Why ``neighbour`` cannot be mixed into the block; empty where it can."""
+    return next((why for part in slot.wanted if (why := _difference(part, slot.block, neighbour))), "")
 
 
 def _difference(part: Part, block: Block, neighbour: Block) -> str:
     assert part.module is not None and part.kind is not None
+    found, why = _found_in(part, block, neighbour)
+    if found is None:
+        return why
     path = join(neighbour.path, part.path)
-    try:
-        found = neighbour.module.get_submodule(part.path)
-    except AttributeError:
-        return f"{neighbour.path} has no {part.path}"
-    if has_adapters(found):
-        return f"{path} has adapters ({full_name(found)})"
-    if torch_class(found) is not torch_class(part.module):
-        return f"{path} is {class_of(found).__name__}, {join(block.path, part.path)} {part.class_name}"
-    kind, reason = kind_of(found, (class_of(part.module),))
-    if reason:
-        return f"{path} cannot be mixed: {reason}"
-    if kind is not part.kind:
-        return f"{path} is {full_name(found)}, {join(block.path, part.path)} {full_name(part.module)}"
     mine, theirs = part.kind.signature(part.module), part.kind.signature(found)
     for key in mine | theirs:
         if mine.get(key) != theirs.get(key):
             return f"{join(path, key)} is {theirs.get(key)}, {join(block.path, part.path, key)} {mine.get(key)}"
     return ""
+
+
+def _found_in(part: Part, block: Block, neighbour: Block) -> tuple[nn.Module | None, str]:
+    """The layer of a neighbour that can be mixed with ``part``, if its shapes allow it; or why there is none."""
+    assert part.module is not None
+    path = join(neighbour.path, part.path)
+    try:
+        found = neighbour.module.get_submodule(part.path)
+    except AttributeError:
+        return None, f"{neighbour.path} has no {part.path}"
+    if has_adapters(found):
+        return None, f"{path} has adapters ({full_name(found)})"
+    if torch_class(found) is not torch_class(part.module):
+        return None, f"{path} is {class_of(found).__name__}, {join(block.path, part.path)} {part.class_name}"
+    kind, reason = kind_of(found, (class_of(part.module),))
+    if reason:
+        return None, f"{path} cannot be mixed: {reason}"
+    if kind is not part.kind:
+        return None, f"{path} is {full_name(found)}, {join(block.path, part.path)} {full_name(part.module)}"
+    return found, ""
 
 
 def walk(
@@ -239,7 +343,10 @@ def walk(
             continue
         obstacle = slot.obstacle or _taken(slot, replaced)
         if obstacle is None:
-            replaced.append(_replaced(number, slot, options))
+            taken = {block.path for block in replaced}
+            near = {-1: slot.previous, 1: slot.next}
+            far = {distance: block for distance, block in slot.far.items() if block.path not in taken}
+            replaced.append(_replaced(number, slot, {d: b.path for d, b in (near | far).items() if b}, options))
         else:
             skipped.append(SkippedBlock(number, slot.block.path, obstacle.reason, obstacle.detail))
         if obstacle is None or strict:
@@ -254,22 +361,31 @@ def _taken(slot: Slot, replaced: Sequence[ReplacedBlock]) -> Obstacle | None:
     for neighbour in (slot.previous, slot.next):
         if neighbour.path in taken:
             return Obstacle("neighbour replaced", f"{neighbour.path} is replaced")
+    for block in replaced:
+        if slot.block.path in block.sources:
+            return Obstacle("neighbour replaced", f"{block.path} is mixed from it")
     return None
 
 
-def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
-    assert slot.previous is not None and slot.next is not None
+def _replaced(number: int, slot: Slot, sources: dict[int, str], options: Options) -> ReplacedBlock:
     layers = []
     modules = [part.module for part in slot.wanted if part.module is not None]
     for part in slot.wanted:
         assert part.module is not None and part.kind is not None
         shapes = {name: tuple(parameter.shape) for name, parameter in part.module.named_parameters()}
-        channels = part.kind.out_channels_of(part.module) if options.granularity == "channel" else 1
+        granularity = granularity_of(part, options.granularity)
+        cuts = slot.cuts.get(part.path, ())
+        numbers = len(cuts or sources)
+        if granularity != "scalar":
+            numbers *= part.kind.out_channels_of(part.module) if granularity == "channel" else granularity
         stored = numbers_stored(part.module) if part.kind is ReplacementByForward else 0
-        layers.append(PlannedLayer(part.path, part.class_name, shapes, 2 * channels, part.kind.__name__, stored))
+        kind = part.kind.__name__
+        layers.append(PlannedLayer(part.path, part.class_name, shapes, numbers, kind, stored, granularity, cuts))
     size, trainable = bytes_of(parameter for module in modules for parameter in module.parameters())
-    whole = options.share == "block"
-    learned = [(modules, 2)] if whole else [([modules[i]], layer.coefficients) for i, layer in enumerate(layers)]
+    whole = options.share == "block" and not slot.cuts
+    learned = (
+        [(modules, len(sources))] if whole else [([modules[i]], layer.coefficients) for i, layer in enumerate(layers)]
+    )
     for instead_of, coefficients in learned:
         added, trained = _coefficient_bytes(instead_of, coefficients)
         size, trainable = size - added, trainable - trained
@@ -277,12 +393,13 @@ def _replaced(number: int, slot: Slot, options: Options) -> ReplacedBlock:
         number=number,
         path=slot.block.path,
         class_name=class_of(slot.block.module).__name__,
-        sources=(slot.previous.path, slot.next.path),
+        sources=tuple(sources.values()),
         layers=tuple(layers),
         kept=tuple(slot.kept),
         coefficients=sum(coefficients for _, coefficients in learned),
         bytes_saved=size,
         trainable_bytes_saved=trainable,
+        distances=tuple(sources),
     )
 
 

@@ -7,6 +7,8 @@
 * ``foreign.py``: classes of other libraries that have a replacement, by name.
 * ``wrapped.py``: layers of any class, by their class's own forward.
 * ``standing.py``, ``recorded.py``: whether what a layer runs on is still in its model: at calls, in a ``state_dict``.
+* ``belongings.py``: what a layer refers to, and what it has from the one that it replaced.
+* ``views.py``: parts of layers, and layers repeated, as sources.
 * ``adapters.py``: what stands between a source and its parameters: parametrizations, hooks, other libraries' adapters.
 
 A layer holds no formula: it hands its sources' tensors to ``rl_kernels.functional``.
@@ -32,10 +34,12 @@ from rl_kernels.nn.norm import (
     ReplacementLayerNorm,
     ReplacementRMSNorm,
 )
+from rl_kernels.nn.views import SourceView
 from rl_kernels.nn.wrapped import ReplacementByForward
 
 __all__ = [
     "Coefficients",
+    "SourceView",
     "ReplacementLayer",
     "ReplacementLinear",
     "ReplacementTransposedLinear",

@@ -31,6 +31,8 @@ class ReplacementMultiheadAttention(ReplacementLayer):
 
     Granularity ``"channel"`` holds ``(N, 4 * embed_dim)`` coefficients: for the output channels of the projections of
     query, key and value (``bias_k`` and ``bias_v`` go with the latter two), then for those of the output projection.
+    An integer granularity divides these: 4 has one for each projection, ``4 * num_heads`` one for each head's rows of
+    the first three and as many groups of the output projection's.
 
     ``torch.nn.TransformerEncoderLayer`` runs it in training and evaluation, and keeps off its fused inference path,
     which reads parameters directly. An ``nn.TransformerEncoder`` that was built of plain layers makes nested tensors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Constraint = Literal["free", "convex"]
-Granularity = Literal["scalar", "channel"]
+Granularity = Literal["scalar", "channel"] | int
 Init = Literal["fit"] | Sequence[float] | Tensor | None
 
 CONSTRAINTS = ("free", "convex")
@@ -82,6 +82,36 @@ class Coefficients(nn.Module):
         return f"{self.shape}, constraint={self.constraint!r}"
 
 
+class GroupedCoefficients(Coefficients):
+    """N coefficients for each of G groups of output channels. Calling it returns them channel by channel.
+
+    Args:
+        initial: ``(N, G)``.
+        constraint: as ``Coefficients``'.
+        channels: how many consecutive output channels a group has.
+    """
+
+    def __init__(self, initial: Tensor, constraint: Constraint = "free", *, channels: int):
+        super().__init__(initial, constraint)
+        self.channels = channels
+
+    def forward(self) -> Tensor:
+        """The coefficients, ``(N, G * channels)``."""
+        return super().forward().repeat_interleave(self.channels, dim=1)
+
+    def extra_repr(self) -> str:
+        """Shape, channels and constraint, for printing."""
+        return f"{super().extra_repr()}, channels={self.channels}"
+
+
+def check_granularity(granularity: object) -> None:
+    """Raise unless it is ``"scalar"``, ``"channel"`` or a number of groups."""
+    number = isinstance(granularity, int) and not isinstance(granularity, bool) and granularity >= 1
+    if not number and granularity not in GRANULARITIES:
+        expected = f"one of {', '.join(GRANULARITIES)}, or a number of groups"
+        raise ValueError(f"granularity: got {granularity!r}, expected {expected}")
+
+
 def check_constraint(constraint: str) -> None:
     """Raise unless there is such a constraint."""
     if constraint not in CONSTRAINTS:
@@ -103,7 +133,7 @@ def initial_coefficients(
     Args:
         init: None for 1/N each (0.5 for two neighbours); the values; or ``"fit"``.
         n: how many sources.
-        out: output channels, for one coefficient per channel; None for scalars.
+        out: how many coefficients a source has: as many as output channels, or groups of them; None for scalars.
         constraint: the fit obeys it.
         pairs: for ``"fit"``: every own weight with its sources' weights, to be met in the least-squares sense.
 
@@ -119,7 +149,7 @@ def initial_coefficients(
             raise ValueError("init: got 'fit' with weights on the meta device, expected weights that hold values")
         if not found:
             raise ValueError("init: got 'fit' without own=..., the plain layer whose weight is to be fitted")
-        return fit(found, channel=out is not None, convex=constraint == "convex")
+        return fit(found, groups=out, convex=constraint == "convex")
     shape = (n,) if out is None else (n, out)
     if init is None:
         return torch.full(shape, 1 / n, dtype=torch.float64, device="cpu")
@@ -131,27 +161,28 @@ def initial_coefficients(
     return values
 
 
-def fit(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], *, channel: bool = False, convex: bool = False) -> Tensor:
+def fit(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], *, groups: int | None = None, convex: bool = False) -> Tensor:
     """The coefficients whose mix is nearest to given weights: ``argmin_c sum ||W - sum_j c_j W_j||^2``.
 
     Args:
         pairs: each an own weight ``(out, ...)`` and its N sources. One set of coefficients serves them all.
-        channel: one set per output channel (then all weights need the same ``out``).
+        groups: one set for each of so many groups of consecutive output channels, which all weights must divide into;
+            None for one set.
         convex: positive coefficients with sum 1.
 
     Returns:
-        ``(N,)`` or ``(N, out)``: float32, or float64 for float64 weights. Of several solutions the smallest.
+        ``(N,)`` or ``(N, groups)``: float32, or float64 for float64 weights. Of several solutions the smallest.
     """
     grams, moments = [], []
     for own, sources in pairs:
         stacked = torch.stack([_by_channel(source) for source in sources], dim=1)
         gram, moment = stacked @ stacked.mT, (stacked @ _by_channel(own).unsqueeze(2)).squeeze(2)
-        # Without channels the pairs are summed at once: their weights may differ in shape.
-        grams.append(gram if channel else gram.sum(0, keepdim=True))
-        moments.append(moment if channel else moment.sum(0, keepdim=True))
+        # Without groups the pairs are summed at once: their weights may differ in shape.
+        grams.append(gram.sum(0, keepdim=True) if groups is None else gram.unflatten(0, (groups, -1)).sum(1))
+        moments.append(moment.sum(0, keepdim=True) if groups is None else moment.unflatten(0, (groups, -1)).sum(1))
     gram, moment = torch.stack(grams).sum(0), torch.stack(moments).sum(0)
     solution = _fit_convex(gram, moment) if convex else torch.linalg.pinv(gram) @ moment.unsqueeze(2)
-    solution = solution.reshape(moment.shape).mT if channel else solution.reshape(-1)
+    solution = solution.reshape(-1) if groups is None else solution.reshape(moment.shape).mT
     dtype = torch.float64 if pairs[0][0].dtype == torch.float64 else torch.float32
     return solution.to("cpu", dtype).contiguous()
 

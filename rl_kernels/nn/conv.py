@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rl_kernels import functional as F
 from rl_kernels.nn.layer import ReplacementLayer
+from rl_kernels.nn.views import forward_in_parts
 
 
 class _ReplacementConv(ReplacementLayer):
@@ -45,7 +46,8 @@ class _ReplacementConv(ReplacementLayer):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution with the mixed weight and bias."""
         weights = self._tensors("weight")
-        assert weights is not None
+        if weights is None:
+            return self._forward_in_parts(x)
         padding = self.padding
         if self.padding_mode != "zeros":
             x = aten.pad(x, self._sides(), mode=self.padding_mode)
@@ -53,6 +55,20 @@ class _ReplacementConv(ReplacementLayer):
         convolution = (F.mixed_conv1d, F.mixed_conv2d, F.mixed_conv3d)[len(self.kernel_size) - 1]
         biases = self._tensors("bias")
         return convolution(x, weights, self.coefficients, biases, self.stride, padding, self.dilation, self.groups)
+
+    def _forward_in_parts(self, x: Tensor) -> Tensor:
+        """``forward`` where some sources are repeated."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = aten.pad(x, self._sides(), mode=self.padding_mode)
+            padding = (0,) * len(self.kernel_size)
+        convolution: Any = (F.mixed_conv1d, F.mixed_conv2d, F.mixed_conv3d)[len(self.kernel_size) - 1]
+
+        def call(x: Tensor, weights: Any, coefficients: Tensor, biases: Any, groups: int) -> Tensor:
+            return convolution(x, weights, coefficients, biases, self.stride, padding, self.dilation, groups)
+
+        dim = x.dim() - len(self.kernel_size) - 1
+        return forward_in_parts(call, x, dim, self._in_tiles(), self.groups)
 
     def _sides(self) -> list[int]:
         """Padding by side as ``torch.nn.functional.pad`` takes it: the last dimension first, before and after."""
@@ -90,18 +106,21 @@ class ReplacementConv1d(_ReplacementConv):
     """
 
     source_type = (nn.Conv1d,)
+    takes_views = True
 
 
 class ReplacementConv2d(_ReplacementConv):
     """``nn.Conv2d`` on the mixed weights and biases of other ``nn.Conv2d``; as ``ReplacementConv1d``."""
 
     source_type = (nn.Conv2d,)
+    takes_views = True
 
 
 class ReplacementConv3d(_ReplacementConv):
     """``nn.Conv3d`` on the mixed weights and biases of other ``nn.Conv3d``; as ``ReplacementConv1d``."""
 
     source_type = (nn.Conv3d,)
+    takes_views = True
 
 
 class _ReplacementConvTranspose(_ReplacementConv):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from types import FunctionType
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,52 +14,21 @@ from torch import Tensor, fx, nn
 from rl_kernels import functional as F
 from rl_kernels.nn import recorded
 from rl_kernels.nn.adapters import check_adapters, full_name, parameter_of
+from rl_kernels.nn.belongings import Belongings, Unregistered
 from rl_kernels.nn.coefficients import (
-    GRANULARITIES,
     Coefficients,
     Constraint,
     Granularity,
+    GroupedCoefficients,
     Init,
+    check_granularity,
     initial_coefficients,
 )
 from rl_kernels.nn.standing import Standing, found_again, paths_of
+from rl_kernels.nn.views import Cut, Cuts, Source, SourceView, Tiles, both_as_seen, module_of, shapes_of, view_of
 
 Layer = TypeVar("Layer", bound="ReplacementLayer")
 Plain = TypeVar("Plain", bound=nn.Module)
-
-
-class Unregistered:
-    """Modules referred to by a plain object, so that ``nn.Module`` registers none of them.
-
-    Their parameters stay their owner's: once in ``state_dict``, in ``parameters()`` and in checkpoints. Copying or
-    pickling a model that holds both ends keeps the reference; copying one layer alone copies what it refers to.
-    """
-
-    __slots__ = ("modules",)
-
-    def __init__(self, *modules: nn.Module):
-        self.modules = modules
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __getitem__(self, j: int) -> Any:
-        return self.modules[j]
-
-
-class Belongings(NamedTuple):
-    """What hung on the layer that was replaced: see ``rl_kernels.conversion.carrying``."""
-
-    class_before: type[nn.Module]
-    shown: tuple[str, ...]
-    """Attributes that the replaced layer has now."""
-    hidden: dict[str, Any]
-    """Attributes whose names mean something else here."""
-    marks: dict[str, dict[str, Any]]
-    """Attributes of its parameters."""
 
 
 def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,14 +59,17 @@ class ReplacementLayer(nn.Module):
 
     Args:
         sources: N >= 1 plain layers of one shape: for Replacement Learning the two neighbours, the previous first.
+            Linear layers and convolutions take a ``SourceView`` too, a layer of another size cut or repeated to this
+            one's.
         own: the plain layer that this one replaces. Its settings (stride, eps, ...) are taken over, those of the
             first source otherwise; its weight is what ``init="fit"`` fits; its running statistics are kept.
         init: initial coefficients: None for 1/N each (0.5 for two; the paper does not say); N numbers, or a tensor
             shaped as the coefficients; or ``"fit"``, the least-squares coefficients for ``own``'s weight, for
             pretrained models (beyond the paper).
         constraint: ``"free"``, as in the paper, or ``"convex"``: positive with sum 1 (beyond the paper).
-        granularity: ``"scalar"``, as in the paper, or ``"channel"``: one coefficient per source and output channel
-            (beyond the paper).
+        granularity: ``"scalar"``, as in the paper; ``"channel"``: one coefficient per source and output channel; or
+            an integer G, which divides the output channels: one per source and group of consecutive output channels, a
+            parameter ``(N, G)`` (both beyond the paper).
         detach: indices of sources that get no gradient from this layer (for two neighbours 0 is the previous, 1 the
             next). None by default: the paper lets gradients reach both.
         coefficients: another layer's or block's ``Coefficients`` to share, instead of own ones (the paper's case of
@@ -120,6 +92,15 @@ class ReplacementLayer(nn.Module):
     _standing: Standing | None = None
     """Where the layer and what it runs on stand in a model, once that is known."""
 
+    takes_views: ClassVar[bool] = False
+    """Whether a source may be a ``SourceView``."""
+
+    _cuts: Cuts | None = None
+    """What of each source is mixed; None where all of all."""
+
+    _as_held: bool = False
+    """Whether sources are mixed as they hold their parameters: neither cut, nor repeated, nor detached."""
+
     keeps_belongings: ClassVar[bool] = False
     """Whether a layer of this kind has a place for further parameters, buffers and submodules of ``own``."""
 
@@ -133,7 +114,7 @@ class ReplacementLayer(nn.Module):
 
     def __init__(
         self,
-        sources: Sequence[nn.Module],
+        sources: Sequence[Source],
         *,
         own: nn.Module | None = None,
         init: Init = None,
@@ -143,8 +124,7 @@ class ReplacementLayer(nn.Module):
         coefficients: Coefficients | None = None,
     ):
         super().__init__()
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity: got {granularity!r}, expected one of {', '.join(GRANULARITIES)}")
+        check_granularity(granularity)
         self.check_sources(sources)
         if own is not None:
             self.check_source(own, "own")
@@ -153,11 +133,12 @@ class ReplacementLayer(nn.Module):
             raise ValueError(f"detach: got {sorted(detach)}, expected indices of the {len(sources)} sources")
         self.granularity: Granularity = granularity
         self.detach: tuple[int, ...] = tuple(sorted(set(detach)))
-        self._sources = Unregistered(*sources)
+        self._sources = Unregistered(*(module_of(source) for source in sources))
         self._borrowed = Unregistered()
+        self._cut(sources)
         if coefficients is not None:
             if granularity != "scalar":
-                raise ValueError("granularity: got 'channel' with shared coefficients, expected 'scalar'")
+                raise ValueError(f"granularity: got {granularity!r} with shared coefficients, expected 'scalar'")
             if not isinstance(coefficients, Coefficients):
                 raise TypeError(f"coefficients: got {type(coefficients).__name__}, expected a Coefficients module")
             if coefficients.shape != (len(sources),):
@@ -168,24 +149,40 @@ class ReplacementLayer(nn.Module):
         self.training = sources[0].training if own is None else own.training
 
     def _make_coefficients(self, own: nn.Module | None, init: Init, constraint: Constraint) -> Coefficients:
-        out = None
-        if self.granularity == "channel":
-            if why := self.why_not_by_channel(self._sources[0]):
-                got = full_name(self._sources[0])
-                raise ValueError(f"granularity: got 'channel', expected 'scalar' for {got}: {why}")
-            out = self.out_channels_of(self._sources[0])
+        groups, channels = self._groups()
         pairs = self._pairs_to_fit(own) if own is not None and isinstance(init, str) else []
-        values = initial_coefficients(init, len(self._sources), out, constraint, pairs)
+        values = initial_coefficients(init, len(self._sources), groups, constraint, pairs)
         weight = self.main_weight(self._sources[0])
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return Coefficients(values.to(dtype), constraint).to(weight.device)  # Their start is known on the CPU.
+        values = values.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        made = Coefficients(values, constraint) if isinstance(self.granularity, str) else None
+        # Their start is known on the CPU.
+        return (made or GroupedCoefficients(values, constraint, channels=channels)).to(weight.device)
+
+    def _cut(self, sources: Sequence[Source]) -> None:
+        """Mix of the sources what these views of them say."""
+        self._cuts = Cuts.of(sources, self.detach)
+        self._as_held = not self.detach and self._cuts is None
+
+    def _groups(self) -> tuple[int | None, int]:
+        """How many coefficients a source has, None for a scalar, and how many output channels one serves."""
+        if self.granularity == "scalar":
+            return None, 1
+        source, got = self.views[0], f"granularity: got {self.granularity!r}, expected"
+        if why := self.why_not_by_channel(source):
+            raise ValueError(f"{got} 'scalar' for {full_name(self._sources[0])}: {why}")
+        out = self.out_channels_of(source)
+        if self.granularity == "channel":
+            return out, 1
+        if out % self.granularity:
+            raise ValueError(f"{got} a divisor of {out}, the output channels of {full_name(self._sources[0])}")
+        return self.granularity, out // self.granularity
 
     def _pairs_to_fit(self, own: nn.Module) -> list[tuple[Tensor, list[Tensor]]]:
-        """``fit_pairs`` for this layer's granularity: at ``"channel"`` the first dimension of all is the channels."""
-        return self.fit_pairs(own, tuple(self._sources))
+        """``fit_pairs`` for this layer's granularity: all but ``"scalar"`` need channels as the first dimension."""
+        return self.fit_pairs(own, self.views)
 
     @classmethod
-    def from_neighbours(cls: type[Layer], prev: nn.Module, next: nn.Module, **options: Any) -> Layer:
+    def from_neighbours(cls: type[Layer], prev: Source, next: Source, **options: Any) -> Layer:
         """The paper's layer, ``a * W[prev] + b * W[next]``; options as the constructor's."""
         return cls((prev, next), **options)
 
@@ -203,7 +200,7 @@ class ReplacementLayer(nn.Module):
             return method.__get__(self)
         return super().__getattr__(name)
 
-    # What a kind of layer defines.
+    # What a kind of layer defines. A source is a ``SourceView`` in places, which has a layer's parameters and sizes.
 
     @staticmethod
     def main_weight(source: nn.Module) -> Tensor:
@@ -231,8 +228,7 @@ class ReplacementLayer(nn.Module):
     def signature(cls, layer: nn.Module) -> dict[str, Any]:
         """What must agree between sources: the shapes of their parameters (None for an absent one), dtype, device."""
         weight = cls.main_weight(layer)
-        shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-        return {**shapes, "dtype": weight.dtype, "device": weight.device}
+        return {**shapes_of(layer), "dtype": weight.dtype, "device": weight.device}
 
     @classmethod
     def check_source(cls, source: nn.Module, name: str) -> None:
@@ -246,19 +242,19 @@ class ReplacementLayer(nn.Module):
             raise TypeError(f"{name}: got {found}, expected {expected}")
 
     @classmethod
-    def check_sources(cls, sources: Sequence[nn.Module]) -> None:
+    def check_sources(cls, sources: Sequence[Source]) -> None:
         """Raise unless ``sources`` are layers of this kind that can be mixed."""
         if len(sources) == 0:
             raise ValueError("sources: got none, expected one or more layers")
         for j, source in enumerate(sources):
-            cls.check_source(source, f"sources[{j}]")
+            if isinstance(source, SourceView) and not cls.takes_views:
+                raise TypeError(f"sources[{j}]: got a SourceView, expected a whole layer: {cls.__name__} cuts none")
+            cls.check_source(module_of(source), f"sources[{j}]")
             cls._check_alike(f"sources[{j}]", source, "sources[0]", sources[0])
 
     @classmethod
-    def _check_alike(
-        cls, name: str, layer: nn.Module, other_name: str, other: nn.Module, ignored: Collection[str] = ()
-    ) -> None:
-        found, expected = cls.signature(layer), cls.signature(other)
+    def _check_alike(cls, name: str, layer: Any, other_name: str, other: Any, ignored: Collection[str] = ()) -> None:
+        found, expected = map(cls.signature, both_as_seen(layer, other))
         for key in sorted((found.keys() | expected.keys()) - set(ignored)):
             if found.get(key) != expected.get(key):
                 raise ValueError(f"{name}: got {key} {found.get(key)}, expected {expected.get(key)} as {other_name}")
@@ -267,11 +263,25 @@ class ReplacementLayer(nn.Module):
 
     @property
     def sources(self) -> tuple[nn.Module, ...]:
-        """The layers whose weights are mixed."""
+        """The layers whose weights are mixed; one of which several parts are, several times."""
         return tuple(self._sources)
 
-    def rebind(self, *sources: nn.Module) -> None:
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What of each source is mixed; empty where all of all."""
+        return () if self._cuts is None else self._cuts.each
+
+    @property
+    def views(self) -> tuple[Any, ...]:
+        """The sources as they were given: a ``SourceView`` where a source is cut or repeated, else the layer."""
+        if self._cuts is None:
+            return tuple(self._sources)
+        return tuple(map(view_of, self._sources, self._cuts.each))
+
+    def rebind(self, *sources: Source) -> None:
         """Refer to other sources, as many as before and of the same shape: after a neighbour was replaced.
+
+        Where a source is cut or repeated, that is a ``SourceView`` again, as in the constructor.
 
         Raises:
             TypeError: a source of another kind.
@@ -280,11 +290,12 @@ class ReplacementLayer(nn.Module):
         if len(sources) != len(self._sources):
             raise ValueError(f"sources: got {len(sources)} layers, expected {len(self._sources)}")
         self.check_sources(sources)
-        # The layer bound before may be out of the model already, and left behind where that was moved or cast.
-        moved = ("dtype", "device")
-        self._check_alike("sources[0]", sources[0], "the one bound before", self._sources[0], ignored=moved)
-        self.run_on([*sources, *self._borrowed])
-        held = zip(sources, self._holders, strict=False)
+        moved = ("dtype", "device")  # The layer bound before may be out of the model, and left behind where that moved.
+        self._check_alike("sources[0]", sources[0], "the one bound before", self.views[0], ignored=moved)
+        modules = [module_of(source) for source in sources]
+        self.run_on([*modules, *self._borrowed])
+        self._cut(sources)
+        held = zip(modules, self._holders, strict=False)
         still = [parent._modules.get(name) is source for source, (parent, name) in held]
         self._holders = self._holders if all(still) else ()
         known = None if self._standing is None else self._standing.root(self)
@@ -415,17 +426,37 @@ class ReplacementLayer(nn.Module):
         )
 
     def _tensors(self, name: str) -> list[Tensor] | None:
-        """The parameter ``name`` of every source, detached where asked; None where the sources have none."""
+        """The parameter ``name`` of every source, cut and detached where asked.
+
+        None where the sources have none, and where some are repeated: those are ``_tiles``.
+        """
         tensors = [parameter_of(source, name) for source in self._sources]
         if tensors[0] is None:
             return None
-        if not self.detach:
+        if self._as_held:
             return tensors
-        return [tensor.detach() if j in self.detach else tensor for j, tensor in enumerate(tensors)]
+        return None if self._cuts is not None and self._cuts.repeat else self._tiles_of(tensors)
+
+    def _tiles_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        found = [tensor.detach() if j in self.detach else tensor for j, tensor in enumerate(tensors)]
+        return found if self._cuts is None else self._cuts.cut(found)
+
+    def _tiles(self, name: str) -> list[Tensor] | None:
+        """As ``_tensors``; of sources that are repeated each once."""
+        tensors = [parameter_of(source, name) for source in self._sources]
+        return None if tensors[0] is None else self._tiles_of(tensors)
+
+    def _in_tiles(self) -> Tiles:
+        """The recipe where some sources are repeated."""
+        weights = self._tiles("weight")
+        assert weights is not None and self._cuts is not None
+        return Tiles(weights, self.coefficients, self._tiles("bias"), [cut.repeats for cut in self._cuts.each])
 
     def _evaluated(self, name: str) -> Tensor | None:
         """The mixed parameter ``name``, within a call."""
         tensors = self._tensors(name)
+        if tensors is None and self._cuts is not None and (tiles := self._tiles(name)) is not None:
+            tensors = self._cuts.repeated(tiles)
         return None if tensors is None else F.mix(tensors, self.coefficients)
 
     def _mixed(self, name: str) -> Tensor | None:
@@ -464,4 +495,5 @@ class ReplacementLayer(nn.Module):
         """Sources and options, for printing."""
         borrowed = ", coefficients shared" if len(self._borrowed) else ""
         detached = f", detach={self.detach}" if self.detach else ""
-        return f"sources={len(self._sources)}, granularity={self.granularity!r}{detached}{borrowed}"
+        cut = "" if self._cuts is None else ", cut"
+        return f"sources={len(self._sources)}{cut}, granularity={self.granularity!r}{detached}{borrowed}"

@@ -12,6 +12,7 @@ from rl_kernels import functional as F
 from rl_kernels.nn.adapters import full_name
 from rl_kernels.nn.foreign import foreign_class, foreign_kind, names_of, register
 from rl_kernels.nn.layer import ReplacementLayer
+from rl_kernels.nn.views import forward_in_parts
 
 
 class ReplacementLinear(ReplacementLayer):
@@ -21,6 +22,7 @@ class ReplacementLinear(ReplacementLayer):
     """
 
     source_type = (nn.Linear,)
+    takes_views = True
 
     def __init__(self, sources: Any, **options: Any):
         super().__init__(sources, **options)
@@ -30,7 +32,8 @@ class ReplacementLinear(ReplacementLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b`` with the mixed W and b."""
         weights = self._tensors("weight")
-        assert weights is not None
+        if weights is None:
+            return forward_in_parts(_linear, x, x.dim() - 1, self._in_tiles())
         return F.mixed_linear(x, weights, self.coefficients, self._tensors("bias"))
 
     def merged(self) -> nn.Linear:
@@ -42,6 +45,10 @@ class ReplacementLinear(ReplacementLayer):
     def extra_repr(self) -> str:
         """Sizes, sources and options, for printing."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
+
+
+def _linear(x: Tensor, weights: Any, coefficients: Tensor, biases: Any, groups: int) -> Tensor:  # noqa: ARG001
+    return F.mixed_linear(x, weights, coefficients, biases)
 
 
 class ReplacementTransposedLinear(ReplacementLayer):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as aten
 from torch import Tensor, nn
 
-from rl_kernels.nn.layer import ReplacementLayer, Unregistered
+from rl_kernels.nn.belongings import Unregistered
+from rl_kernels.nn.layer import ReplacementLayer
 
 Affine = Literal["mixed", "own"]
 

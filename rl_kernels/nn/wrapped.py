@@ -12,7 +12,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from rl_kernels import functional as F
 from rl_kernels.nn.adapters import HOOKS, full_name, has_adapters, hook_that_makes
-from rl_kernels.nn.layer import ReplacementLayer, Unregistered
+from rl_kernels.nn.belongings import Unregistered
+from rl_kernels.nn.layer import ReplacementLayer
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

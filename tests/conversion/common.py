@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import rl_kernels as rl
+from rl_kernels.conversion.plans import PlannedCut
 from rl_kernels.nn import Coefficients, ReplacementLayer
+from rl_kernels.nn.views import Cut
+from tests.nn.common import part_by_hand
 
 Model = TypeVar("Model", bound=nn.Module)
 Read = Callable[[Any], Tensor]
@@ -34,7 +37,7 @@ def coefficients_of(model: nn.Module, plan: rl.Plan) -> dict[str, Coefficients]:
 
 
 def mixed_by_hand(plain: nn.Module, plan: rl.Plan, coefficients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of ``plain`` that the plan replaces, as ``a * W[prev] + b * W[next]``."""
+    """The parameters of ``plain`` that the plan replaces, as ``a * W[prev] + b * W[next]``, or more of such."""
     parameters = dict(plain.named_parameters())
     mixed = {}
     for block in plan.replaced:
@@ -42,15 +45,25 @@ def mixed_by_hand(plain: nn.Module, plan: rl.Plan, coefficients: dict[str, Tenso
             path = join(block.path, layer.path)
             for name in layer.shapes:
                 terms = []
-                for j, source in enumerate(block.sources):
-                    tensor = parameters[join(source, layer.path, name)]
-                    factor = coefficients[path][j]
-                    tensor = tensor.detach() if j in plan.options.detach else tensor
+                for j, cut in enumerate(layer.cuts or map(PlannedCut, range(len(block.sources)))):
+                    tensor = parameters[join(block.sources[cut.neighbour], layer.path, name)]
+                    factor = rows_of(name, coefficients[path][j])
+                    detached = plan.options.detached([block.distances[cut.neighbour]])
+                    part = Cut(cut.out, cut.in_, cut.repeats)
+                    tensor = part_by_hand(tensor.detach() if detached else tensor, part)
                     terms.append(
                         factor.reshape(-1, *(1,) * (tensor.dim() - 1)) * tensor if factor.dim() else factor * tensor
                     )
-                mixed[join(path, name)] = terms[0] + terms[1]
+                mixed[join(path, name)] = torch.stack(terms).sum(0)
     return mixed
+
+
+def rows_of(name: str, coefficients: Tensor) -> Tensor:
+    """Of an attention's coefficients by channel those of one of its parameters."""
+    if coefficients.dim() == 0 or not name.startswith(("in_proj", "out_proj")):
+        return coefficients
+    inward = 3 * coefficients.shape[0] // 4
+    return coefficients[:inward] if name.startswith("in_proj") else coefficients[inward:]
 
 
 def spread_out(model: nn.Module) -> None:

@@ -160,7 +160,7 @@ def test_plans_of_format_2_take_a_number_for_4_bytes_and_say_so(tmp_path: Path) 
     assert note in str(found) and note not in str(plan)
     found.save(tmp_path / "plan.json")
     assert rl.Plan.load(tmp_path / "plan.json") == found
-    assert json.loads(found.to_json())["format"] == 3
+    assert json.loads(found.to_json())["format"] == 4
     rl.replace(ViT().double(), found)
 
 

@@ -386,7 +386,7 @@ def test_what_is_no_plan_does_not_load():
     for text, message in (
         ("{", "no JSON"),
         ("[]", "got format None"),
-        (json.dumps({**fields, "format": 4}), "got format 4, expected a plan of format 3, 2 or 1"),
+        (json.dumps({**fields, "format": 5}), "got format 5, expected a plan of format 4, 3, 2 or 1"),
         (json.dumps({key: value for key, value in fields.items() if key != "replaced"}), "does not read"),
         (json.dumps({**fields, "surplus": 1}), "does not read"),
         (json.dumps({**fields, "options": {"norms": "none"}}), "norms: got 'none'"),

@@ -259,8 +259,10 @@ def test_folders_that_are_damaged(tmp_path):
     refused(ValueError, r"which is no record of a saved model")
     record.unlink()
     refused(FileNotFoundError, r"without rl_kernels\.json, expected what rl_kernels\.save_pretrained wrote")
-    changed(tmp_path, format=2, versions={"rl_kernels": "9.0"})
-    refused(ValueError, r"saved in format 2 by rl_kernels 9\.0, expected format 1: this is rl_kernels .*, and a newer")
+    changed(tmp_path, format=3, versions={"rl_kernels": "9.0"})
+    refused(
+        ValueError, r"saved in format 3 by rl_kernels 9\.0, expected format 2 or 1: this is rl_kernels .*, and a newer"
+    )
     changed(tmp_path, replaced={"layers": [{}]})
     refused(ValueError, r"rl_kernels\.json, which does not read \(KeyError: 'paths'")
     changed(tmp_path, replaced={**json.loads(text)["replaced"], "coefficients": {}})

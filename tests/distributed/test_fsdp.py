@@ -122,6 +122,23 @@ def test_a_resnet_trains_as_in_one_process(ranks: Ranks, by_plan: bool) -> None:
 
 
 @pytest.mark.parametrize("by_plan", [True, False], ids=["blocks", "layers"])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (ViT, {"granularity": "head"}),
+        (ViT, {"window": 2, "every": 3, "share": "layer"}),
+        (ResNet, {"boundaries": "blocks", "granularity": "channel", "targets": "conv"}),
+        (ResNet, {"boundaries": "blocks", "every": 3, "window": 2}),
+    ],
+    ids=["groups", "window", "blocks by channel", "blocks"],
+)
+def test_what_is_mixed_beyond_two_scalars_a_block(
+    ranks: Ranks, make: Callable[[], nn.Module], options: dict[str, Any], by_plan: bool
+) -> None:
+    ranks.run(check_training, make, IMAGES, by_plan, **options)
+
+
+@pytest.mark.parametrize("by_plan", [True, False], ids=["blocks", "layers"])
 def test_torchs_encoder_trains_as_in_one_process(ranks: Ranks, by_plan: bool) -> None:
     ranks.run(check_training, encoder, (2, 5, 8), by_plan, every=3)
 

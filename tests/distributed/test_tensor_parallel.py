@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from rl_kernels import functional as F
 from rl_kernels._supported import release
 from rl_kernels.distributed import ColwiseParallel, RowwiseParallel, shard
-from rl_kernels.nn import ReplacementLinear
+from rl_kernels.nn import ReplacementLinear, SourceView
 from tests.conversion.toys import sequential
 from tests.distributed import test_fsdp
 from tests.distributed.common import (
@@ -346,3 +346,11 @@ def test_three_ranks_and_two_pairs_of_ranks(four_ranks: Ranks) -> None:
     for per_channel in (False, True):
         four_ranks.run(check_layouts, per_channel, 7, 8, ranks=3)
     four_ranks.run(test_fsdp.check_training, functools.partial(sequential, width=5), (4, 3), True, (3,), every=2)
+
+
+@pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
+def test_sources_that_are_cut_are_refused(style: type[ColwiseParallel | RowwiseParallel]) -> None:
+    larger = nn.Linear(4, 8)
+    layer = ReplacementLinear([SourceView(larger, out=(part, 2)) for part in range(2)])
+    with pytest.raises(ValueError, match="module: got a ReplacementLinear whose sources are cut or repeated"):
+        style()._apply(layer, None)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rl_kernels.nn import ReplacementLayer
+from rl_kernels.nn.views import Cut
 
 Factor = Callable[[str, Tensor, Tensor], Tensor]
 """The name of a parameter, a source's coefficients ``()`` or ``(out,)``, the parameter: what multiplies it."""
@@ -20,6 +21,14 @@ def by_first_dimension(name: str, coefficients: Tensor, parameter: Tensor) -> Te
     return coefficients if coefficients.dim() == 0 else coefficients.reshape(-1, *(1,) * (parameter.dim() - 1))
 
 
+def part_by_hand(parameter: Tensor, cut: Cut) -> Tensor:
+    """What of a source's parameter is mixed, by slices and as a whole tensor."""
+    for dim, (part, parts) in enumerate((cut.out, cut.in_)[: parameter.dim()]):
+        size = parameter.shape[dim] // parts
+        parameter = torch.cat([parameter.narrow(dim, part * size, size)] * cut.repeats[dim], dim)
+    return parameter
+
+
 def mixed_by_hand(layer: ReplacementLayer, factor: Factor = by_first_dimension) -> dict[str, Tensor]:
     """The parameters of the plain layer that ``layer`` stands for, differentiable."""
     coefficients = layer.coefficients
@@ -27,6 +36,7 @@ def mixed_by_hand(layer: ReplacementLayer, factor: Factor = by_first_dimension) 
     for j, source in enumerate(layer.sources):
         for name, parameter in source.named_parameters():
             parameter = parameter.detach() if j in layer.detach else parameter
+            parameter = part_by_hand(parameter, layer.cuts[j]) if layer.cuts else parameter
             term = factor(name, coefficients[j], parameter) * parameter
             mixed[name] = mixed[name] + term if name in mixed else term
     return mixed

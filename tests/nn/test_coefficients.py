@@ -154,7 +154,7 @@ def test_fit_of_weights_of_different_shapes_is_one_for_all(convex: bool) -> None
 
 def test_fit_by_channel_is_a_fit_of_each_row() -> None:
     first, second = pair(4, 6), pair(4, 3)
-    c = fit([first, second], channel=True)
+    c = fit([first, second], groups=4)
     assert c.shape == (2, 4)
     for row in range(4):
         rows = [(own[row : row + 1], [w[row : row + 1] for w in sources]) for own, sources in (first, second)]
@@ -164,7 +164,7 @@ def test_fit_by_channel_is_a_fit_of_each_row() -> None:
 def test_fit_of_vectors_by_channel() -> None:
     """A norm has one weight and one bias a channel: two equations for two unknowns."""
     weight, bias = pair(5), pair(5)
-    c = fit([weight, bias], channel=True)
+    c = fit([weight, bias], groups=5)
     for own, sources in (weight, bias):
         torch.testing.assert_close(sum(cj * w for cj, w in zip(c, sources, strict=True)), own)
 
@@ -196,7 +196,7 @@ def test_convex_fit_at_an_edge_can_still_learn() -> None:
 
 def test_convex_fit_by_channel() -> None:
     own, sources = pair(4, 6)
-    c = fit([(own, sources)], channel=True, convex=True)
+    c = fit([(own, sources)], groups=4, convex=True)
     for row in range(4):
         alone = fit([(own[row : row + 1], [w[row : row + 1] for w in sources])], convex=True)
         torch.testing.assert_close(c[:, row], alone)
