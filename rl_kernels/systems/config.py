@@ -29,7 +29,7 @@ class Model:
             checkpoint) or a file of ``torch.save``; None begins at random.
     """
 
-    name: str = "resnet20"
+    name: str = "resnet32"
     width: int | None = None
     weights: str | None = None
 

@@ -61,6 +61,8 @@ MATRICES = {
             "every-4-detach-next": ("every=4", "detach=[1]"),
             "every-4-convex": ("every=4", "constraint=convex"),
             "every-4-channel": ("every=4", "granularity=channel"),
+            "every-4-window": ("every=4", "window=2"),
+            "every-4-boundaries": ("every=4", "boundaries=blocks"),
             "control-removed": ("every=4", "control=removed"),
             "control-tied": ("every=4", "control=tied"),
             "control-frozen": ("every=4", "control=frozen"),
@@ -73,7 +75,12 @@ MATRICES = {
         "replacement",
         "digits-vit",
         5,
-        {"whole": WHOLE, "attention": ("targets=[attention]",), "whole-blocks": ()},
+        {
+            "whole": WHOLE,
+            "attention": ("targets=[attention]",),
+            "whole-blocks": (),
+            "projection": ("granularity=projection",),
+        },
         ONE_THREAD,
     ),
     "animals": Matrix(
@@ -83,7 +90,8 @@ MATRICES = {
         2,
         {
             "whole": WHOLE,
-            "every-3": (),
+            "every-4": (),
+            "every-4-boundaries": ("boundaries=blocks",),
             "control-removed": ("control=removed",),
             "control-narrowed": ("control=narrowed",),
         },

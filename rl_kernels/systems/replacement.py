@@ -1,5 +1,8 @@
 """Replacement Learning, trained (arXiv 2410.01239): whole networks, replaced ones, and the controls beside them.
 
+What its successor RepL (arXiv 2605.19533) may mean by transformations of the neighbours is in ``granularity``,
+``window`` and ``boundaries``, none of which is claimed to be that paper's.
+
 What the paper's abstract and public reviews say is the default: every fourth block, two scalars a block, neighbours
 that learn from the replaced block as well. Initial coefficients, their learning rate, constraints, norms and biases are
 options: the paper could not be read. No figure of the paper is claimed to be reproduced.
@@ -32,10 +35,12 @@ class Replacement:
         targets: kinds of layers, as ``["attention"]``; null for all.
         init: null for the paper-like start, two numbers, or ``"fit"``.
         constraint: ``"free"`` or ``"convex"``.
-        granularity: ``"scalar"`` or ``"channel"``.
-        detach: neighbours without gradient from replaced blocks: 0 the previous, 1 the next.
+        granularity: ``"scalar"``, ``"projection"``, ``"head"`` or ``"channel"``.
+        detach: neighbours without gradient from replaced blocks: 0 the previous, 1 the next, as far as ``window`` goes.
         share: ``"block"``, ``"layer"``, or null for the plan's own default.
         norms: ``"mixed"`` or ``"own"``.
+        window: neighbours on each side.
+        boundaries: ``"skipped"``, or ``"blocks"``: where stages meet, neighbours of other sizes are cut or repeated.
         control: what is done with the blocks that are due instead of replacing them. ``"removed"``: they go.
             ``"tied"``: they run on the previous block's weights. ``"frozen"``: their layers stay at random.
             ``"narrowed"``: they stay, and the whole network is narrowed to the replaced one's number of parameters.
@@ -47,10 +52,12 @@ class Replacement:
     targets: tuple[str, ...] | None = None
     init: Literal["fit"] | tuple[float, ...] | None = None
     constraint: Literal["free", "convex"] = "free"
-    granularity: Literal["scalar", "channel"] = "scalar"
+    granularity: Literal["scalar", "projection", "head", "channel"] = "scalar"
     detach: tuple[int, ...] = ()
     share: Literal["block", "layer"] | None = None
     norms: Literal["mixed", "own"] = "mixed"
+    window: int = 1
+    boundaries: Literal["skipped", "blocks"] = "skipped"
     control: Literal["none", "removed", "tied", "frozen", "narrowed"] = "none"
 
 
@@ -66,6 +73,13 @@ class ReplacementConfig(Config):
             raise ValueError(
                 f"replacement.control: got {self.replacement.control!r} with replacement.every=null, which makes no "
                 f"block due"
+            )
+        if self.replacement.control == "tied" and (self.replacement.window, self.replacement.boundaries) != (
+            1,
+            "skipped",
+        ):
+            raise ValueError(
+                "replacement.control: got 'tied' with a window or boundaries, expected window=1 and 'skipped'"
             )
         if self.replacement.control == "tied" and self.replacement.init is not None:
             raise ValueError("replacement.init: got a value for control='tied', which starts at (1, 0) and stays there")
@@ -122,10 +136,9 @@ def _imagenet_vit(model: str) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {
     # A first look.
     "short": {
-        "model": {"name": "resnet20", "width": 8},
+        "model": {"name": "resnet32", "width": 8},
         "data": {"name": "mnist5k"},
-        "epochs": 5,
-        "replacement": {"every": 3},
+        "epochs": 4,
     },
     "digits": {"model": {"name": "digits_resnet"}, "data": {"name": "digits"}},
     "digits-vit": {
@@ -136,12 +149,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 48,
     },
     "animals": {
-        "model": {"name": "resnet20", "width": 8},
+        "model": {"name": "resnet32", "width": 8},
         "data": {"name": "animals"},
         "batch_size": 128,
-        "replacement": {"every": 3},
     },
-    "patches": {"model": {"name": "resnet20"}, "data": {"name": "patches", "augmentation": "crop-flip"}},
+    "patches": {"model": {"name": "resnet32"}, "data": {"name": "patches", "augmentation": "crop-flip"}},
     "paper-like": _cifar("resnet32"),
     "paper-like-resnet110": _cifar("resnet110"),
     "paper-like-vit": {
@@ -208,6 +220,8 @@ class ReplacementSystem(System[ReplacementConfig]):
             detach=wanted.detach,
             share=wanted.share,
             norms=wanted.norms,
+            window=wanted.window,
+            boundaries=wanted.boundaries,
         )
 
 

@@ -15,7 +15,7 @@ def resolve(*settings, preset=None, path=None):
 def test_what_comes_later_wins(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("epochs: 7\noptimizer:\n  learning_rate: 1e-2\nreplacement.every: 6\n")
-    assert resolve(preset="short").epochs == 5
+    assert resolve(preset="short").epochs == 4
     made = resolve("learning_rate=3e-2", "replacement.detach=[0, 1]", "every=2", preset="short", path=path)
     assert (made.epochs, made.model.width, made.optimizer.learning_rate) == (7, 8, 3e-2)
     assert made.replacement.every == 2 and made.replacement.detach == (0, 1)
