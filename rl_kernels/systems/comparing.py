@@ -136,7 +136,7 @@ def _read(folder: Path) -> Run:
 
 
 def _check_alike(folder: Path, runs: Sequence[Run]) -> None:
-    configs = [{**run.run["config"], "seed": None, "system": run.run["system"]} for run in runs]
+    configs = [{**_without_places(run), "seed": None, "system": run.run["system"]} for run in runs]
     if any(config != configs[0] for config in configs):
         raise RunError(f"compare: the runs in {folder} differ in more than their seeds: give each a folder of its own")
 
@@ -218,9 +218,9 @@ def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{1e3 * value:.1f}"
 
 
-def _without_places(group: Group) -> dict[str, Any]:
-    """A group's config, in which folders of this machine are names."""
-    config = {**group.runs[0].run["config"], "seed": [run.seed for run in group.runs]}
+def _without_places(run: Run) -> dict[str, Any]:
+    """A run's config, in which folders of this machine are names; a seed's folder goes by that of all seeds."""
+    config = dict(run.run["config"])
     if (weights := config["model"]["weights"]) is not None:
         config["model"] = {**config["model"], "weights": Path(weights).parent.name}
     if config["data"]["root"] is not None:
@@ -237,7 +237,7 @@ def as_record(groups: Sequence[Group]) -> dict[str, Any]:
         recorded.append(
             {
                 "label": group.label,
-                "config": _without_places(group),
+                "config": {**_without_places(group.runs[0]), "seed": [run.seed for run in group.runs]},
                 "metrics": [run.metrics for run in group.runs],
                 "curves": [list(run.epochs) for run in group.runs],
                 "difference": None

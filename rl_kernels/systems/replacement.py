@@ -203,7 +203,7 @@ class ReplacementSystem(System[ReplacementConfig]):
                 parent, _, name = block.path.rpartition(".")
                 setattr(model.get_submodule(parent), name, nn.Identity())
             for layer in block.layers if wanted.control == "frozen" else ():
-                model.get_submodule(layer.path).requires_grad_(False)
+                model.get_submodule(f"{block.path}.{layer.path}").requires_grad_(False)
         return Built(model)
 
     def _plan(self, config: ReplacementConfig, model: nn.Module) -> rl.Plan:

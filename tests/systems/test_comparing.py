@@ -123,7 +123,14 @@ def test_the_page_holds_everything(runs):
     page = Page()
     page.feed((runs / report.NAME).read_text())
     assert "svg" in page.tags and "script" not in page.tags and "b" not in page.tags and not page.loaded
-    for words in ("Replacement on digits", "91.00 ± 1.00", "training loss", "seconds", "a processor", "model.name"):
+    for words in (
+        "Replacement on digits",
+        "91.00 ± 1.00",
+        "training loss",
+        "seconds",
+        "a processor, 2 cores",
+        "model.name",
+    ):
         assert words in page.text, words
     assert "<b>odd & named</b>" in page.text
 
