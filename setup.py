@@ -1,4 +1,4 @@
-"""Builds ``rl_kernels/_C``, the C++ kernels for CPUs, against the torch that is installed, and ``rl_kernels/_cuda``,
+"""Builds ``rl_kernels/_C``, the C++ kernels for CPUs, against the torch that is installed, and ``rl_kernels/_cuda.so``,
 the kernels for NVIDIA GPUs, where there is nvcc. All else: pyproject.toml.
 
 Without torch, without a compiler, or where a compilation fails, the package installs all the same, without what could
@@ -9,6 +9,7 @@ not be built, and says what it then lacks. Environment variables:
 * ``RL_KERNELS_SANITIZE``: a list for the compiler's ``-fsanitize``, as ``address,undefined``.
 * ``CXX``: the C++ compiler. ``MAX_JOBS``: how many compilers run at once, by default one a core.
 * ``CUDACXX``: nvcc. Without it: that of ``CUDA_HOME``, ``CUDA_PATH``, the ``PATH``, the package nvidia-cuda-nvcc.
+* ``RL_KERNELS_CUDA_LINEINFO``: 1 adds the lines of the sources, for profilers and compute-sanitizer.
 * ``RL_KERNELS_CUDA_ARCH_LIST``: compute capabilities, as "8.0 9.0+PTX"; or ``TORCH_CUDA_ARCH_LIST``, written alike.
 """
 

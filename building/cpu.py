@@ -10,7 +10,7 @@ from typing import NamedTuple
 from building.steps import ROOT, Compilation
 
 CSRC = ROOT / "csrc"
-FOLDERS = ("bindings", "cpu/torch")
+FOLDERS = ("bindings", "bindings/cuda", "cpu/torch")
 """Of the sources that are compiled once, in ``csrc``."""
 TABLE = CSRC / "cpu" / "kernels" / "table.cpp"
 """The kernels, compiled once for each instruction set."""
@@ -49,7 +49,8 @@ def instruction_sets(scalar: bool = False) -> tuple[InstructionSet, ...]:
 
 def watched() -> list[Path]:
     """Every file in ``csrc`` that the library is made from."""
-    return [*CSRC.glob("bindings/*"), *CSRC.glob("cpu/*/*")]
+    patterns = ("bindings/*.*", "bindings/cuda/*", "cpu/*/*", *(f"cuda/{name}.h" for name in ("abi", "call", "params")))
+    return [path for pattern in patterns for path in CSRC.glob(pattern)]
 
 
 def compilations(

@@ -1,6 +1,7 @@
-"""``rl_kernels/_cuda``, the kernels for NVIDIA GPUs: which nvcc, for which architectures, with which flags.
+"""``rl_kernels/_cuda.so``, the kernels for NVIDIA GPUs: which nvcc, for which architectures, with which flags.
 
-Neither torch's headers nor its libraries are needed, so that it is built beside a CPU build of torch, too.
+It is a library with a C interface (``csrc/cuda/abi.h``). Neither Python's nor torch's headers or libraries are needed:
+one build serves every Python and every torch, and is made beside a CPU build of torch, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from typing import NamedTuple
 from building.steps import ROOT, CannotBuild, Compilation, Library
 
 SOURCES = ROOT / "csrc" / "cuda"
+HOST = [*SOURCES.glob("*.cpp"), *SOURCES.glob("host/*.cpp")]
+"""What the host's compiler compiles: the C interface, and the plans of launches."""
 RECORD = "_build_cuda.json"
 ARCH_LIST = "RL_KERNELS_CUDA_ARCH_LIST"
 TORCH_ARCH_LIST = "TORCH_CUDA_ARCH_LIST"
@@ -32,10 +34,17 @@ ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2}
 """The types that a file for one architecture is compiled for, each by itself, and what RL_ELEMENT then is."""
 FOR_EACH_ELEMENT = ("_sm80.cu", "_sm90.cu")
 
-FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-DNDEBUG"]
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DNDEBUG"]
 FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
-# The runtime is linked in, and its names kept from those of the runtime that torch brings.
-LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
+# The runtimes of CUDA and of C++ are linked in, and their names kept from those that torch and others bring.
+LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL", "-Xcompiler", "-static-libstdc++"]
+
+
+LINEINFO = "RL_KERNELS_CUDA_LINEINFO"
+"""Whether the lines of the sources are embedded, which doubles the size."""
+LINES = "-lineinfo"
+KNOWS_COMPRESS_MODE = (12, 8)  # the version of nvcc
+COMPRESS = ["-Xfatbin", "-compress-all"]
 
 
 class Architecture(NamedTuple):
@@ -120,22 +129,23 @@ def nvcc_version(nvcc: str) -> str:
     return match[0][1:]
 
 
-def pybind11_include() -> Path:
-    """Pybind11's headers: its own package's, or those that torch brings."""
-    for package in ("pybind11", "torch"):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations if spec else None) or ():
-            if Path(folder, "include", "pybind11", "pybind11.h").exists():
-                return Path(folder, "include")
-    raise CannotBuild("pybind11 is not installed")
+def options(nvcc: str) -> list[str]:
+    """Flags that depend on the compiler's version or on the environment: what is embedded is made small."""
+    found = ["--compress-mode=size"] if tuple(map(int, nvcc.split(".")[:2])) >= KNOWS_COMPRESS_MODE else COMPRESS
+    return [*found, LINES] if os.environ.get(LINEINFO) == "1" else found
+
+
+def record_of(version: str, targets: Sequence[Architecture], nvcc: str) -> dict[str, str]:
+    """What the library is built for, as it is written beside it."""
+    return {"rl_kernels": version, "architectures": " ".join(map(str, targets)), "nvcc": nvcc}
 
 
 def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] | None = None) -> Library:
-    """The module of the package at ``version``.
+    """The library of the package at ``version``.
 
     Args:
-        version: of the package, whose Python code must fit the module.
-        folder: where the module and its record go.
+        version: of the package, whose code must fit the library.
+        folder: where the library and its record go.
         objects: where object files and the logs of ptxas go.
         sources: ``.cu`` and ``.cpp`` files; those of ``csrc/cuda`` unless given.
 
@@ -146,14 +156,9 @@ def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] |
         raise CannotBuild("they are built on Linux")
     nvcc = find_nvcc()
     targets = architectures()
-    record = {
-        "rl_kernels": version,
-        "python": sysconfig.get_config_var("EXT_SUFFIX"),
-        "architectures": " ".join(map(str, targets)),
-        "nvcc": nvcc_version(nvcc),
-    }
+    record = record_of(version, targets, nvcc_version(nvcc))
     flags = [f'-DRL_KERNELS_CUDA_ARCHITECTURES="{record["architectures"]}"', f'-DRL_KERNELS_NVCC="{record["nvcc"]}"']
-    flags += [f"-I{SOURCES}", f"-isystem={pybind11_include()}", f"-isystem={sysconfig.get_path('include')}"]
+    flags += [f"-I{SOURCES}", *options(record["nvcc"])]
     flags += [flag for target in targets for flag in target.flags()]
     # Its own choice otherwise, which NVCC_CCBIN changes.
     host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
@@ -162,7 +167,7 @@ def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] |
     found = [f"-L{libraries}"] if (libraries / "libcudart_static.a").exists() else []
 
     compilations = []
-    for source in sources or sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.cu")]):
+    for source in sources or sorted([*HOST, *SOURCES.glob("*.cu")]):
         elements = ELEMENTS if source.name.endswith(FOR_EACH_ELEMENT) else {"": None}
         for name, element in elements.items():
             defines = [] if element is None else [f"-DRL_ELEMENT={element}"]
@@ -170,10 +175,14 @@ def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] |
             command = (nvcc, *host, *FLAGS, *flags, *defines)
             compilations.append(Compilation(source, target, command, logged=source.suffix == ".cu"))
     return Library(
-        target=folder / f"_cuda{record['python']}",
+        target=folder / "_cuda.so",
         record=record,
         record_file=folder / RECORD,
-        watched=[*SOURCES.iterdir(), *(ROOT / "building").glob("*.py"), *(sources or [])],
+        watched=[
+            *(path for path in SOURCES.rglob("*") if path.is_file()),
+            *(ROOT / "building").glob("*.py"),
+            *(sources or []),
+        ],
         folder=objects,
         compilations=compilations,
         linker=(nvcc, *host),
