@@ -179,7 +179,7 @@ def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] |
         record=record,
         record_file=folder / RECORD,
         watched=[
-            *(path for path in SOURCES.rglob("*") if path.is_file()),
+            *(path for path in SOURCES.rglob("*.*") if path.suffix != ".md"),
             *(ROOT / "building").glob("*.py"),
             *(sources or []),
         ],

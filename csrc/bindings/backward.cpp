@@ -124,8 +124,11 @@ struct Backward {
   const Geometry *given_geometry() const { return conv() ? &geometry : nullptr; }
 
   Tensor dgrad() const {
-    if (on_cuda())
+    if (on_cuda()) {
+      RECORD_FUNCTION(conv() ? "rl_kernels::mixed_conv_dgrad" : "rl_kernels::mixed_linear_dgrad",
+                      c10::ArrayRef<const c10::IValue>{});
       return cuda_ops::dgrad(dy, {weights, coefficients, std::nullopt}, input_size, given_geometry());
+    }
     if (conv()) {
       RECORD_FUNCTION("rl_kernels::mixed_conv_dgrad", c10::ArrayRef<const c10::IValue>{});
       return mixed_conv_dgrad(dy, weights, coefficients, input_size, geometry);
@@ -135,8 +138,11 @@ struct Backward {
   }
 
   Gradients wgrad() const {
-    if (on_cuda())
+    if (on_cuda()) {
+      RECORD_FUNCTION(conv() ? "rl_kernels::mixed_conv_wgrad" : "rl_kernels::mixed_linear_wgrad",
+                      c10::ArrayRef<const c10::IValue>{});
       return cuda_ops::wgrad(dy, x, {weights, coefficients, biases}, wanted, given_geometry());
+    }
     if (conv()) {
       RECORD_FUNCTION("rl_kernels::mixed_conv_wgrad", c10::ArrayRef<const c10::IValue>{});
       return mixed_conv_wgrad(dy, x, weights, coefficients, biases, wanted, geometry);

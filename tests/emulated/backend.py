@@ -168,19 +168,28 @@ def multiply(
 
 @functools.cache
 def ptx_of(name: str, arch: str, edit: Edit | None = None) -> str:
-    """The PTX of the file that has a kernel, for its element type."""
+    """The PTX of the file that has a kernel, for its element type; an edit of a file that it has no use for is none."""
     main, element = f"{name.split('_')[0]}_sm80.cu", name.rsplit("_", 1)[1]
-    sources = (path for path in sorted(SOURCES.glob("*.*")) if path.suffix in (".h", ".cu", ".cuh"))
-    files = {path.name: path.read_text() for path in sources if path.name not in ("abi.h", "call.h")}
-    if edit is not None:
+    files = included_by(main)
+    if edit is not None and edit[0] in files:
         file, old, new = edit
         if files[file].count(old) != 1:  # No AssertionError: that is what a planted fault is caught by.
             raise ValueError(f"{file} has {old!r} {files[file].count(old)} times")
         files[file] = files[file].replace(old, new)
         # The smallest tiles are enough to see it, and the others take longest to compile.
-        listed = files["kernels_sm80.cuh"]
-        files["kernels_sm80.cuh"] = re.sub(
-            r"^ *(PRODUCT|WGRAD)_KERNELS\(layer, Addressing, 128.*\n", "", listed, flags=re.MULTILINE
-        )
+        listed = files.get("kernels_sm80.cuh")
+        if listed is not None:
+            files["kernels_sm80.cuh"] = re.sub(
+                r"^ *(PRODUCT|WGRAD)_KERNELS\(layer, Addressing, 128.*\n", "", listed, flags=re.MULTILINE
+            )
     flags = "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", f"-DRL_ELEMENT={ELEMENTS[element]}"
     return compiled_files(files, main, arch, *flags)
+
+
+def included_by(file: str) -> dict[str, str]:
+    """A file of csrc/cuda and those that it includes, and they, by name."""
+    text = (SOURCES / file).read_text()
+    found = {file: text}
+    for name in re.findall(r'^#include "(.+)"$', text, flags=re.MULTILINE):
+        found |= included_by(name)
+    return found

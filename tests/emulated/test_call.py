@@ -151,6 +151,15 @@ def test_a_whole_step_takes_no_step_in_python(served: list[str]) -> None:
     assert type(y.grad_fn).__name__.startswith("MixedLinear") or "Mixed" in y.grad_fn.name()
 
 
+def test_profilers_see_its_ops(served: list[str]) -> None:
+    x, weights, coefficients, biases = layer()
+    with posing(None), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        F.mixed_linear(x, weights, coefficients, biases).sum().backward()
+    assert served == []
+    names = {event.name for event in profile.events()}
+    assert {f"rl_kernels::mixed_linear{way}" for way in ("", "_dgrad", "_wgrad")} <= names
+
+
 @pytest.mark.parametrize("conv", [False, True])
 def test_its_gradients_are_right(served: list[str], conv: bool) -> None:
     def step(dtype: torch.dtype, way: Any) -> list[Tensor]:

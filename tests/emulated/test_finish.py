@@ -9,7 +9,7 @@ import torch
 
 from rl_kernels.ops.values import Call
 from rl_kernels.qualify.problems import Problem
-from tests.emulated.backend import emulated
+from tests.emulated.backend import H100_FACTS, emulated
 from tests.emulated.exact import assert_exact
 from tests.emulated.machine.memory import Fault
 from tests.emulated.problems import BF16, F16, TF32, call_of, execute
@@ -17,6 +17,10 @@ from tests.emulated.problems import BF16, F16, TF32, call_of, execute
 LINEAR, CONV = "mixed_linear_wgrad", "mixed_conv_wgrad"
 ROWS = Problem(700, 300, 8)
 """More channels than one block sums, and rows for several splits."""
+
+
+SMALL_DEVICE = (80, 1, 163 << 10)
+"""Of one multiprocessor, so that one block goes over all pixels."""
 
 
 def of_biases(op: str, problem: Problem, dtype: torch.dtype) -> Call:
@@ -48,7 +52,7 @@ def check(call: Call, **options: Any) -> list[str]:
     ids=str,
 )
 def test_sums_over_pixels(op: str, problem: Problem, dtype: torch.dtype, seed: int) -> None:
-    launched = check(of_biases(op, problem, dtype), seed=seed)
+    launched = check(of_biases(op, problem, dtype), seed=seed, facts=SMALL_DEVICE if seed else H100_FACTS)
     assert [name.rsplit("_", 1)[0] for name in launched] == ["finish_sums", "finish_gradients"]
 
 
@@ -102,12 +106,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(fault: str) -> None:
-    call = call_of(LINEAR, ROWS, BF16)
-    assert call.wanted is not None
-    call = call._replace(wanted=call.wanted._replace(weights=[False, False]))
-    sliced = call_of(LINEAR, Problem(70, 37, 8, wanted="biases"), BF16)
+    edit = ("finish.cuh", *FAULTS[fault])
+    biases, many = (of_biases(LINEAR, Problem(tokens, 37, 8), BF16) for tokens in (140, 300))
+    coefficients = call_of(LINEAR, Problem(140, 37, 8, wanted="coefficients"), BF16)
     with pytest.raises((Fault, AssertionError)):
         for seed in range(3):
-            check(of_biases(LINEAR, Problem(140, 37, 8), BF16), seed=seed, edit=("finish.cuh", *FAULTS[fault]))
-            check(sliced, seed=seed, edit=("finish.cuh", *FAULTS[fault]))
-            check(call, seed=seed, edit=("finish.cuh", *FAULTS[fault]))
+            check(biases, seed=seed, edit=edit)
+            check(many, seed=seed, edit=edit, facts=SMALL_DEVICE)
+            check(coefficients, seed=seed, edit=edit)

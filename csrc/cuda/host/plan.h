@@ -40,7 +40,7 @@ private:
 
 class Plan {
 public:
-  explicit Plan(const Call &call) : call_(call) {}
+  explicit Plan(const Call &call) : call_(call) { planned_.reserve(4); } // as many as most calls have
 
   // Bytes on the device, for as long as the kernels run.
   uint64_t workspace(int64_t bytes);

@@ -16,7 +16,7 @@ from rl_kernels.backends.cuda.library import Library
 
 NAME = "_cuda"
 RECORD = "_build_cuda.json"
-SOURCES = ("cuda/*", "cuda/host/*")
+SOURCES = ("cuda/*.h", "cuda/*.cpp", "cuda/*.cu", "cuda/*.cuh", "cuda/host/*")
 
 
 def library_in(folder: Path) -> Extension:
