@@ -24,7 +24,16 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # It would stop at pyproject.toml's licence, naming no cause.
+    sys.exit(
+        f"rl_kernels: setuptools 77 or later is needed to build it, this is {setuptools.__version__}: "
+        "pip install --upgrade setuptools"
+    )
+
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -149,6 +158,17 @@ class BuildKernels(build_ext):
         )
 
 
+class TaggedWheel(bdist_wheel):
+    """A wheel without extensions is for every Python and machine, and not tagged as if it held some."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        # An editable wheel is tagged before anything is built, for this Python.
+        if getattr(self.get_finalized_command("build_ext"), "built", None) == []:
+            self.root_is_pure = True
+        tag: tuple[str, str, str] = super().get_tag()
+        return tag
+
+
 def is_gcc(compiler: list[str]) -> bool:
     """Whether the compiler is GCC, and not one that calls itself so."""
     macros = subprocess.run([*compiler, "-dM", "-E", "-x", "c++", "-"], input="", capture_output=True, text=True).stdout
@@ -157,5 +177,5 @@ def is_gcc(compiler: list[str]) -> bool:
 
 setup(
     ext_modules=[Extension(f"rl_kernels.{name}", [], language="c++", optional=True) for name in ("_C", "_cuda")],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": TaggedWheel},
 )

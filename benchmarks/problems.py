@@ -64,10 +64,10 @@ def build(case: Case, device: str, seed: int = 0) -> Problem:
 class _Maker:
     def __init__(self, dtype: torch.dtype, device: str, seed: int) -> None:
         self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, *shape: int, scale: float = 1.0, layout: str = "NCHW") -> Tensor:
-        values = (torch.randn(shape, generator=self.generator) * scale).to(self.device, self.dtype)
+        values = (torch.randn(shape, generator=self.generator, device=self.device) * scale).to(self.dtype)
         return values.contiguous(memory_format=_memory_format(layout)) if len(shape) == 4 else values
 
 

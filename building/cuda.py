@@ -6,7 +6,9 @@ one build serves every Python and every torch, and is made beside a CPU build of
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -93,22 +95,29 @@ def parse_architectures(text: str, variable: str, leave_out_older: bool = False)
     return list(found.values())
 
 
+USUAL_FOLDER = "/usr/local/cuda/bin"
+
+
+def find_program(name: str) -> str | None:
+    """A program of CUDA: in CUDA_HOME, CUDA_PATH, the PATH, the usual folder or Python's packages; None without it."""
+    homes = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    folders = [*map(str, homes), os.environ.get("PATH", ""), USUAL_FOLDER, *map(str, _package_folders())]
+    return next(filter(None, (shutil.which(name, path=folder) for folder in folders if folder)), None)
+
+
 def find_nvcc() -> str:
-    """The compiler: CUDACXX, or that of CUDA_HOME, CUDA_PATH, the PATH, or Python's package nvidia-cuda-nvcc."""
+    """The compiler: CUDACXX, or what ``find_program`` finds; CannotBuild where there is none."""
     asked = os.environ.get("CUDACXX")
     if asked:
         found = shutil.which(asked)
         if found is None:
             raise CannotBuild(f"there is no nvcc ({asked}, which CUDACXX names, cannot be run)")
         return found
-    homes = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    folders = [*map(str, homes), os.environ.get("PATH", ""), *map(str, _package_folders())]
-    for folder in folders:
-        found = shutil.which("nvcc", path=folder) if folder else None
-        if found is not None:
-            return found
-    places = "CUDACXX, CUDA_HOME, CUDA_PATH, the PATH, the package nvidia-cuda-nvcc"
-    raise CannotBuild(f"there is no nvcc ({places})")
+    found = find_program("nvcc")
+    if found is None:
+        places = "CUDACXX, CUDA_HOME, CUDA_PATH, the PATH, /usr/local/cuda, the package nvidia-cuda-nvcc"
+        raise CannotBuild(f"there is no nvcc ({places})")
+    return found
 
 
 def _package_folders() -> list[Path]:
@@ -137,7 +146,22 @@ def options(nvcc: str) -> list[str]:
 
 def record_of(version: str, targets: Sequence[Architecture], nvcc: str) -> dict[str, str]:
     """What the library is built for, as it is written beside it."""
-    return {"rl_kernels": version, "architectures": " ".join(map(str, targets)), "nvcc": nvcc}
+    listed = " ".join(map(str, targets))
+    return {"rl_kernels": version, "architectures": listed, "nvcc": nvcc, "sources": made_of(nvcc)}
+
+
+def made_of(nvcc: str) -> str:
+    """What decides the kernels' code and how it is launched, as a hash: their sources, the flags and nvcc; no path, no
+    date, and neither compression nor line tables, which change no instruction.
+
+    A record of what was measured holds for every build of the same.
+    """
+    total = hashlib.sha256(json.dumps([nvcc, FLAGS]).encode())
+    files = (path for path in SOURCES.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
+    for name, path in sorted((path.relative_to(SOURCES).as_posix(), path) for path in files):
+        total.update(f"{name} {path.stat().st_size}\n".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()
 
 
 def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] | None = None) -> Library:

@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
 from importlib import import_module as _import_module
 from typing import Any as _Any
 
-from rl_kernels import _moved, backends, functional, nn
+from rl_kernels import _extension, _moved, _supported, backends, functional, nn
 from rl_kernels._version import __version__
 from rl_kernels.backends import services
 from rl_kernels.backends.selection import use_backend
@@ -45,6 +45,7 @@ __all__ = [
     "accumulate_into_grad",
 ]
 
+_supported.warn(_supported.OF_TORCH, _extension.complaint())
 _moved.find_moved_modules()
 _moved.still_callable(backends, services)
 

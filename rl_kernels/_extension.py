@@ -110,6 +110,26 @@ def is_older_than_its_sources(
 EXTENSION = load(folder())
 
 
+def describe_missing(extension: Extension) -> str:
+    """Why the C++ kernels are missing, what that costs, and the command that mends it, in a line."""
+    if extension.broken:
+        return f"broken: {extension.missing}"
+    return (
+        "not built: layers on a CPU run on streamed, slower, most of all in small calls; "
+        f"to build it: {HOW_TO_BUILD} with a C++ compiler"
+    )
+
+
+def complaint() -> str | None:
+    """What an import says of the C++ kernels: None where they are there, or cannot be built, or another backend is
+    asked for by name, which does without them knowingly.
+    """
+    lacking = EXTENSION.broken or (EXTENSION.missing is not None and sys.platform != "win32")
+    if not lacking or os.environ.get("RL_KERNELS_BACKEND", "") not in ("", "auto", "cpu"):
+        return None
+    return f"the C++ kernels for CPUs are {describe_missing(EXTENSION)}"
+
+
 def _declines(*_: Any) -> None:
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -34,9 +35,17 @@ def machine() -> dict[str, str | int | float | list[str]]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python and of the installed ones among rl_kernels, torch and ``packages``."""
+    """Return the versions of Python and of the installed ones among rl_kernels, torch and ``packages``.
+
+    What is imported says its own: the metadata of torch's builds for CUDA leaves out "+cu130", and a checkout that was
+    not installed has none.
+    """
     found = {"python": platform.python_version()}
     for name in ("rl_kernels", "torch", *packages):
+        said = getattr(sys.modules.get(name), "__version__", None)
+        if isinstance(said, str):
+            found[name] = str(said)
+            continue
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -174,3 +174,12 @@ def test_the_documented_make_targets_exist(document):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / document).read_text(), re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_an_old_setuptools_is_named() -> None:
+    pytest.importorskip("setuptools")
+    program = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; runpy.run_path('setup.py')"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("rl_kernels: setuptools 77 or later is needed to build it, this is 65.5.0: pip install")

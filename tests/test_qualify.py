@@ -133,7 +133,7 @@ def test_a_wrong_kernel_fails_and_is_not_enabled(plant: Callable[[Kernel], None]
 
 def test_a_slower_kernel_is_passed_over(plant: Callable[[Kernel], None]) -> None:
     def slow(*arguments: Any) -> torch.Tensor:
-        time.sleep(2e-3)
+        time.sleep(2e-2)
         return fast(*arguments)
 
     plant(slow)

@@ -35,6 +35,14 @@ uint32_t bit(size_t op, at::ScalarType dtype) {
   return 0;
 }
 
+// torch before 2.13 has a key for named tensors, which plain() refuses, and excludes it in every backward.
+template <class Key> constexpr c10::DispatchKeySet named() {
+  if constexpr (requires { Key::Named; })
+    return c10::DispatchKeySet(Key::Named);
+  else
+    return {};
+}
+
 size_t place(Side side) { return static_cast<size_t>(side); }
 
 bool left_by_cpu(const Question &call) {
@@ -80,7 +88,7 @@ bool ordinary_state() {
   constexpr auto autocast = c10::default_excluded_set;
   constexpr auto inference_included = c10::default_included_set.remove(DispatchKey::ADInplaceOrView);
   const auto keys = c10::impl::tls_local_dispatch_key_set();
-  const auto excluded = keys.excluded_ - autocast;
+  const auto excluded = keys.excluded_ - autocast - named<DispatchKey>();
   const bool eager = keys.included_ == c10::default_included_set && excluded.empty();
   const bool inference = keys.included_ == inference_included && excluded == c10::autograd_dispatch_keyset;
   return (eager || inference) && !at::impl::torch_function_mode_enabled() && !bypassed.load(std::memory_order_relaxed);

@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rl_kernels._extension import EXTENSION, HOW_TO_BUILD, is_older_than_its_sources
+from rl_kernels._extension import EXTENSION, HOW_TO_BUILD, describe_missing, is_older_than_its_sources
 from rl_kernels._machine import machine, versions
+from rl_kernels._supported import OF_TORCH
 from rl_kernels._tables import simple_table
 from rl_kernels.backends import Case, cpu, registered, services
 from rl_kernels.backends.cuda import extension as cuda_extension
@@ -98,12 +99,7 @@ def describe_extension() -> str:
         paths = ", ".join(info["capabilities"])
         stale = f"; older than its sources: {HOW_TO_BUILD}" if is_older_than_its_sources() else ""
         return f"built, runs on {info['capability']} (of {paths}; compiler {info['compiler']}{options}){stale}"
-    if EXTENSION.broken:
-        return f"broken: {EXTENSION.missing}"
-    return (
-        "not built: layers on a CPU run on streamed, slower, most of all in small calls; "
-        f"to build it: {HOW_TO_BUILD} with a C++ compiler"
-    )
+    return describe_missing(EXTENSION)
 
 
 def describe_cuda_extension() -> str:
@@ -124,6 +120,8 @@ def diagnose(console: Console) -> bool:
     for name, value in machine().items():
         about.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
     about.add_row("C++ kernels", describe_extension(), style="bold red" if EXTENSION.broken else None)
+    if OF_TORCH is not None:
+        about.add_row("torch", OF_TORCH, style="bold red")
     cuda_broken = cuda_extension.EXTENSION.broken
     about.add_row("CUDA kernels", describe_cuda_extension(), style="bold red" if cuda_broken else None)
     about.add_row("backend asked for", requested())

@@ -295,7 +295,8 @@ class ReplacementLayer(nn.Module):
     @property
     def runs_on(self) -> tuple[nn.Module, ...]:
         """The modules whose parameters a call reads and which others own: the sources, and borrowed coefficients."""
-        return (*self._sources, *self._borrowed)
+        # Not (*self._sources, ...): before torch 2.13 Dynamo unpacks no iterable of ours.
+        return self._sources.modules + self._borrowed.modules
 
     @property
     def _trained(self) -> bool:

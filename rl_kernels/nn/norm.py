@@ -73,7 +73,7 @@ class _ReplacementNorm(ReplacementLayer):
     @property
     def runs_on(self) -> tuple[nn.Module, ...]:
         """As every layer's; nothing with affine parameters of its own."""
-        return (*self._sources, *self._borrowed) if self.affine_from == "mixed" else ()
+        return self._sources.modules + self._borrowed.modules if self.affine_from == "mixed" else ()
 
     def _own_or_mixed(self, name: str) -> Tensor | None:
         """The weight or the bias, within a call."""

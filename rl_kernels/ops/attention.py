@@ -15,6 +15,7 @@ from rl_kernels.ops.autograd import LINEAR, mixed_forward
 from rl_kernels.ops.checks import check_sources
 from rl_kernels.ops.mix import mix
 from rl_kernels.ops.values import Recipe
+from rl_kernels.ops.ways import autocast_dtype
 
 Sources = Sequence[Tensor]
 
@@ -286,11 +287,8 @@ def _check_like(name: str, tensor: Tensor, other: Tensor, other_name: str, mask:
         raise RuntimeError(f"{name}: got device {tensor.device}, expected {other.device} as {other_name}")
     if mask and tensor.dtype == torch.bool:
         return
-    device = tensor.device.type
-    if device != "meta" and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        expected = tensor.dtype.is_floating_point
-    else:
-        expected = tensor.dtype == other.dtype
+    autocast = autocast_dtype(tensor) is not None
+    expected = tensor.dtype.is_floating_point if autocast else tensor.dtype == other.dtype
     if not expected:
         wanted = f"bool or {other.dtype}" if mask else f"{other.dtype}"
         raise RuntimeError(f"{name}: got dtype {tensor.dtype}, expected {wanted} as {other_name}")

@@ -26,7 +26,7 @@ from rl_kernels.ops.composite import Composite, MaybeGradients
 from rl_kernels.ops.mix import accumulate_dtype, mix
 from rl_kernels.ops.schema import Op
 from rl_kernels.ops.shapes import conv_memory_format
-from rl_kernels.ops.sharding import are_distributed, linear_on_shards
+from rl_kernels.ops.sharding import are_distributed, conv_on_shards, linear_on_shards
 from rl_kernels.ops.values import Call, Geometry, Recipe, Wanted
 from rl_kernels.ops.ways import (
     autocast_cast,
@@ -88,9 +88,10 @@ def mixed_forward_in_python(family: Family, x: Tensor, recipe: Recipe, geometry:
             return mixed_forward(family, *autocast_cast(dtype, x, recipe), geometry)
     if needs_composite((x, *recipe.tensors())):
         family.forward.check(Call(family.forward.name, x, recipe, geometry))
-        if are_distributed(x, recipe) and family is LINEAR:
-            local = functools.partial(mixed_forward, LINEAR)
-            if (y := linear_on_shards(local, x, recipe)) is not None:
+        if are_distributed(x, recipe):
+            local = functools.partial(mixed_forward, family, geometry=geometry)
+            y = linear_on_shards(local, x, recipe) if geometry is None else conv_on_shards(local, x, recipe)
+            if y is not None:
                 return y
         return family.composite.forward(x, recipe, geometry)
     if is_observed(x):

@@ -1,6 +1,7 @@
-"""Arguments that are DTensors: a linear layer's shards go to the kernels as they lie, anything else through aten.
+"""Arguments that are DTensors: shards go to the kernels as they lie, where placements are common; others through aten.
 
-Of convolutions torch has no rule for most placements, and computes wrong results; those are refused.
+Of convolutions torch has no rule for most placements, and computes wrong results; those are refused. The others never
+come to torch's rule, which in 2.11 multiplies gradients by the number of ranks.
 """
 
 from __future__ import annotations
@@ -135,6 +136,31 @@ def linear_on_shards(local: Callable[[Tensor, Recipe], Tensor], x: Any, recipe: 
         _Waited.apply(y.contiguous()), mesh, [of_y], run_check=False, shape=whole.shape, stride=whole.stride()
     )
     return y if added_after is None else y + mix(added_after, coefficients, x.dtype)
+
+
+def conv_on_shards(local: Callable[[Tensor, Recipe], Tensor], x: Any, recipe: Recipe) -> Tensor:
+    """A mixed convolution of DTensors that ``are_distributed`` has let pass, by ``local`` on their local shards.
+
+    Everything is replicated, but for x, whose rows the ranks of one dimension may share.
+    """
+    from torch.distributed.tensor import DTensor, Partial
+
+    weights: Any
+    coefficients: Any
+    biases: Any
+    weights, coefficients, biases = recipe
+    mesh, rows = x.device_mesh, x.placements
+    # A rank that has a part of the rows has a part of each gradient's sum.
+    parts = tuple(Partial() if placement.is_shard() else placement for placement in rows)
+    local_recipe = Recipe(
+        [weight.to_local(grad_placements=parts) for weight in weights],
+        coefficients.to_local(grad_placements=parts),
+        None if biases is None else [bias.to_local(grad_placements=parts) for bias in biases],
+    )
+    y = _Waited.apply(local(_Waited.apply(x.to_local(grad_placements=rows)), local_recipe))
+    # Shards of different sizes do not tell the shape of the whole, whose strides are theirs: rows are outermost.
+    shape = torch.Size((x.shape[0], *y.shape[1:]))
+    return DTensor.from_local(y, mesh, rows, run_check=False, shape=shape, stride=y.stride())
 
 
 class _Waited(Function):

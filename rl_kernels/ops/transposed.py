@@ -6,6 +6,7 @@ and its y is that one's dx. So its gradients are those of the dgrad: a convoluti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from rl_kernels.ops.autograd import CONV, mixed_dgrad
 from rl_kernels.ops.checks import check_activation, check_biases, check_recipe, check_sources, shape_of
 from rl_kernels.ops.conv import check_geometry
 from rl_kernels.ops.mix import mix, mixed_bias
-from rl_kernels.ops.sharding import are_distributed
+from rl_kernels.ops.sharding import are_distributed, conv_on_shards
 from rl_kernels.ops.values import Geometry, Recipe
 from rl_kernels.ops.ways import autocast_cast, autocast_dtype, needs_composite
 
@@ -63,14 +64,13 @@ def _product(x: Tensor, recipe: Recipe, output_padding: Sequence[int], geometry:
 
 def _in_plain_torch(x: Tensor, recipe: Recipe, output_padding: Sequence[int], geometry: Geometry) -> Tensor:
     """The composite way, which materialises the mixed weight."""
-    distributed = are_distributed(x, recipe)
+    if are_distributed(x, recipe):
+        local = functools.partial(mixed_conv_transpose, output_padding=output_padding, geometry=geometry)
+        return conv_on_shards(local, x, recipe)
     stride, padding, dilation, groups = geometry
     convolution = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)[len(stride) - 1]
     weight, bias = mix(recipe.weights, recipe.coefficients, x.dtype), mixed_bias(recipe, x.dtype)
     y: Tensor = convolution(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    if distributed and list(y.shape) != _output_shape(x, recipe, output_padding, geometry):
-        # Some versions of torch give it the shape of a convolution that is not transposed.
-        raise RuntimeError(f"x: got a DTensor, expected a plain tensor: torch {torch.__version__} has no right rule")
     return y
 
 

@@ -6,7 +6,7 @@ The order matters, each way is there for what the later ones break:
 * ``composite``: a functorch transform or forward-mode AD is active, or an argument is a tensor subclass or batched.
   The recipe in plain aten (``composite.py``), which torch can differentiate, batch and shard in every way it knows.
   This one materialises the mixed weight; so do the registered ops themselves, where a captured graph is transformed.
-  But a linear layer of DTensors that are sharded in a common way calls the ops on its local shards (``sharding.py``).
+  But layers of DTensors that are sharded in a common way call the ops on their local shards (``sharding.py``).
 * ``op``: compiling, exporting or tracing, or a dispatch mode is active. The registered op, one node for every observer.
 * ``lean``: all others. A ``torch.autograd.Function`` around the op.
 
@@ -53,10 +53,19 @@ def plain_torch() -> Iterator[None]:
         _plain_torch = previous
 
 
+def _has_autocast(device: str) -> bool:
+    return device != "meta" and torch.amp.is_autocast_available(device)
+
+
+# Before torch 2.12 Dynamo cannot trace the question. torch.compiler.assume_constant_result does this, and imports
+# Dynamo, which takes seconds.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts ``x`` to; None where it is off."""
     device = x.device.type
-    if device != "meta" and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 

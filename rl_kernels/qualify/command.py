@@ -39,8 +39,10 @@ Step = TypeVar("Step")
 # A record.
 
 
-def qualify(backend: Backend, device: torch.device, dtypes: Sequence[str], quick: bool, progress: Progress) -> Record:
-    """Check and time one backend on one device.
+def qualify(
+    backend: Backend, device: torch.device, dtypes: Sequence[str], quick: bool, progress: Progress
+) -> Iterator[Record]:
+    """Check and time one backend on one device; the record so far after each op and type.
 
     Args:
         backend: one with a record.
@@ -49,7 +51,6 @@ def qualify(backend: Backend, device: torch.device, dtypes: Sequence[str], quick
         quick: fewer layers, and fewer rounds.
         progress: to show where this is.
     """
-    assert backend.record is not None
     stopwatch = Stopwatch(device, QUICK if quick else FULL)
     verdicts: list[Verdict] = []
     points: list[Point] = []
@@ -68,6 +69,11 @@ def qualify(backend: Backend, device: torch.device, dtypes: Sequence[str], quick
         )
         verdicts.append(Verdict(case.op, case.dtype_name, not found, detail))
         points += filter(None, timed)
+        yield _record(backend, device, verdicts, points)
+
+
+def _record(backend: Backend, device: torch.device, verdicts: Sequence[Verdict], points: Sequence[Point]) -> Record:
+    assert backend.record is not None
     here = backend.record.here(device)
     return Record(
         backend=backend.name,
@@ -216,9 +222,8 @@ def qualify_command(
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress, torch.no_grad():
         for device in map(torch.device, present):
             for backend in _chosen(names):
-                if cases_of(backend, device, dtypes):
-                    record = qualify(backend, device, dtypes, quick, progress)
-                    records[write(record, folder)] = record
+                for record in qualify(backend, device, dtypes, quick, progress):
+                    records[write(record, folder)] = record  # A run that is cut leaves what it had found.
     refresh()
     if not records:
         reasons = {

@@ -16,6 +16,9 @@ _ROUNDING = {torch.float64: 8.0, torch.float32: 1.0, torch.bfloat16: 0.3, torch.
 """RMS error of a product, in eps: one rounding makes 0.29. Half precision rounds once; the others at every step of the
 mix, of the product and of its sum; and float64 is held against a truth that is rounded as it is."""
 
+_TF32 = 0.8 * 2**-10
+"""The same for float32 whose products are TF32's, of 10 bits: tensor cores may cut them off instead of rounding."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -67,6 +70,8 @@ def compare(
     truth: Mapping[str, Tensor],
     spread: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    tf32: bool = False,
 ) -> list[Comparison]:
     """Hold tensors against the truth, beside plain torch's.
 
@@ -78,6 +83,8 @@ def compare(
             independently makes an error of the order of eps times that, which is expected of plain torch even where
             it is lucky. By default the truth itself.
         dtype: the coarsest that the products pass through, whose eps that is; by default each tensor's own.
+        tf32: whether products of float32 may be TF32's. Plain torch's are not wherever the vendor declines it, as for
+            few rows, and are no measure then.
 
     Raises:
         AssertionError: a name, shape or dtype differs.
@@ -100,7 +107,8 @@ def compare(
         scale = _rms(expected[reachable])
         product = expected if spread is None else spread[name].to(value.device)
         coarsest = value.dtype if dtype is None else max(value.dtype, dtype, key=lambda d: torch.finfo(d).eps)
-        rounding = _ROUNDING[coarsest] * torch.finfo(coarsest).eps * _rms(product[reachable])
+        unit = _TF32 if tf32 and coarsest == torch.float32 else _ROUNDING[coarsest] * torch.finfo(coarsest).eps
+        rounding = unit * _rms(product[reachable])
         usable = reachable & torch.isfinite(value)
         error = _rms(value.double()[usable] - expected[usable])
         baseline = max(_rms(plain[name].double()[usable] - expected[usable]), rounding)

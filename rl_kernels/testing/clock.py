@@ -1,4 +1,4 @@
-"""The time of a call, on a CPU or a GPU, with caches as they are or emptied before."""
+"""The time of a call, on a CPU or a GPU, with caches as they are or emptied before; and the host's part of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 import torch
 
 MEBI = 1 << 20
+CYCLES_A_SECOND = 2e9
+"""Of a GPU, at most about: how long it is kept busy is counted in cycles."""
+LEAST_HEADSTART = 1e-4
+"""Seconds."""
 
 
 def last_level_cache(device: torch.device | str) -> int:
@@ -39,13 +43,13 @@ class Clock:
         if self._buffer is None:
             size = max(64 * MEBI, 2 * last_level_cache(self.device))
             self._buffer = torch.zeros(size // 4, device=self.device)
-        if self.device.type == "cuda":
-            self._buffer.zero_()
-        else:
-            self._buffer.sum()  # A read: dirty lines would be written back on the next call's time.
+        self._buffer.sum()  # A read: dirty lines would be written back on the next call's time.
 
     def seconds(self, call: Callable[[], Any], calls: int = 1) -> float:
-        """Seconds a call takes, as a mean over ``calls``; eviction is not counted."""
+        """Seconds a call takes, as a mean over ``calls``; eviction is not counted.
+
+        On a GPU these are the device's: it is kept busy while the host queues the calls, so that it waits for none.
+        """
         if self.device.type == "cuda":
             return self._seconds_on_gpu(call, calls)
         if not self.cold:
@@ -61,13 +65,27 @@ class Clock:
             total += time.perf_counter() - start
         return total / calls
 
+    def host_seconds(self, call: Callable[[], Any]) -> float:
+        """Seconds that the host takes for a call; on a GPU to queue it, which is the least of three."""
+        if self.device.type != "cuda":
+            return self.seconds(call)
+        return min(self._queued(call) for _ in range(3))
+
+    def _queued(self, call: Callable[[], Any]) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
     def _seconds_on_gpu(self, call: Callable[[], Any], calls: int) -> float:
         spans = calls if self.cold else 1
+        headstart = 2 * self._queued(call) * (1 if self.cold else calls) + LEAST_HEADSTART
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(spans)]
         torch.cuda.synchronize()
         for start, end in events:
             if self.cold:
                 self.evict()
+            torch.cuda._sleep(int(headstart * CYCLES_A_SECOND))
             start.record()
             for _ in range(1 if self.cold else calls):
                 call()

@@ -118,8 +118,8 @@ def test_extra_memory_leaves_out_what_is_returned_and_starts_without_old_gradien
     assert leaf.grad is None and len(clean) > 1 and all(clean)
 
 
-def test_gpu_timing_uses_events_and_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is enqueued: start, calls, end; cold, an eviction before each start."""
+def test_gpu_timing_uses_events_and_waits(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is enqueued: work that outlasts the queueing, start, calls, end; cold, an eviction before each."""
     log: list[str] = []
     ids = itertools.count()
 
@@ -138,8 +138,18 @@ def test_gpu_timing_uses_events_and_waits(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(Clock, "evict", lambda self: log.append("evict"))
-    assert Clock("cuda", cold=False).seconds(lambda: log.append("call"), 3) == pytest.approx(2e-3)
-    assert log == ["wait", "event", "call", "call", "call", "event", "wait"]
+    busy: list[float] = []
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (log.append("busy"), busy.append(cycles)))
+
+    def call() -> None:
+        log.append("call")
+        clock[0] += 1e-3  # On the host.
+
+    assert Clock("cuda", cold=False).seconds(call, 3) == pytest.approx(2e-3)
+    assert log == ["wait", "call", "wait", "busy", "event", "call", "call", "call", "event", "wait"]
+    assert busy[-1] > 3 * 1e-3 * clock_module.CYCLES_A_SECOND
     log.clear()
-    assert Clock("cuda", cold=True).seconds(lambda: log.append("call"), 2) == pytest.approx(6e-3)
-    assert log == ["wait", *["evict", "event", "call", "event"] * 2, "wait"]
+    assert Clock("cuda", cold=True).seconds(call, 2) == pytest.approx(6e-3)
+    assert log == ["wait", "call", "wait", *["evict", "busy", "event", "call", "event"] * 2, "wait"]
+    assert busy[-1] > 1e-3 * clock_module.CYCLES_A_SECOND
+    assert Clock("cuda", cold=True).host_seconds(call) == pytest.approx(1e-3)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import parallel as torchs
 from torch.distributed.tensor.parallel import parallelize_module
 
 from rl_kernels import functional as F
+from rl_kernels._supported import release
 from rl_kernels.distributed import ColwiseParallel
 from rl_kernels.nn import ReplacementLinear, ReplacementMultiheadAttention
 from tests.distributed.common import (
@@ -25,7 +26,7 @@ from tests.distributed.common import (
     full,
 )
 from tests.distributed.conftest import Ranks
-from tests.distributed.parallel import distributed
+from tests.distributed.parallel import Seen, distributed
 
 # Layers for which torch has the rules.
 
@@ -46,6 +47,7 @@ def check_convolutions(transposed: bool) -> None:
     biases = [torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     mixing = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     message = r"^{}: got shape .* with placements .* over 2 ranks, expected Replicate\(\){}: the convolutions of"
+    ops = {"mixed_conv", "mixed_conv_dgrad", "mixed_conv_wgrad"}
     whole = Replicate()
     for of_x, of_weights, of_biases, batch, refused in (
         (whole, whole, whole, 4, None),
@@ -72,13 +74,15 @@ def check_convolutions(transposed: bool) -> None:
             or_rows = r", or Shard\(dim=0\) with a row for every rank" if refused == "x" else ""
             assert isinstance(found, str) and re.match(message.format(refused, or_rows), found), (case, found)
             continue
-        y = call()
-        torch.testing.assert_close(full(y), expected)
         dy = torch.randn_like(expected)
-        gradients = torch.autograd.grad(y, there, distribute_tensor(dy, mesh, [whole]))
+        with Seen() as seen:  # The kernels run on what each rank has; no rule of torch's is asked.
+            y = call()
+            gradients = torch.autograd.grad(y, there, distribute_tensor(dy, mesh, [whole]))
+        assert {name for name, _ in seen.calls} == ops, case
+        torch.testing.assert_close(full(y), expected)
         for found, truth in zip(gradients, torch.autograd.grad(expected, leaves, dy), strict=True):
             torch.testing.assert_close(full(found), truth, msg=lambda m, c=case: f"{c}: {m}")
-    if transposed:
+    if transposed or release(torch.__version__) < (2, 12):  # torch 2.11 refuses this one, and is wrong elsewhere.
         return
     plain = torch.nn.functional.conv2d(distributed(mesh, x, whole), distributed(mesh, weights[0], Shard(0)))
     assert plain.shape[1] == 6 and plain.full_tensor().shape[1] == 3  # Half of its channels, for all of them.
@@ -126,7 +130,9 @@ def check_attention() -> None:
         right.append((placement, key, need_weights))
         torch.testing.assert_close(mixed, run(alone, 1, xs))
         check_same_gradients(model, alone)
-    assert set(right) >= {(Replicate(), 0, True), (Shard(0), 1, True), (Shard(1), 0, True), (Shard(1), 1, True)}
+    served = {(Replicate(), 0, True), (Shard(0), 1, True), (Shard(1), 0, True), (Shard(1), 1, True)}
+    # torch 2.11 refuses some of them.
+    assert right and (set(right) >= served or release(torch.__version__) < (2, 12)), right
 
 
 def test_attention_is_right_or_refused_as_torchs_own(ranks: Ranks) -> None:
@@ -152,8 +158,9 @@ def check_refused() -> None:
     with pytest.raises(RuntimeError, match=r"^x: got a DTensor where biases\[0\] is none, expected all or none"):
         F.mixed_linear(replicated, [prev.weight, last.weight], layer.coefficients, [torch.ones(8)] * 2)
     elsewhere = distribute_tensor(x, DeviceMesh("cpu", [1, 0]), [Replicate()])
+    words = r"^Cannot run aten\.\S+ on inputs with different meshes|^Cross device mesh comm not supported yet"
     for call in (prev, layer):
-        with pytest.raises(RuntimeError, match=r"^Cannot run aten\.\S+ on inputs with different meshes"):
+        with pytest.raises(RuntimeError, match=words):  # The latter before torch 2.12.
             call(elsewhere)
     parallelize_module(layer, mesh, ColwiseParallel())
     torch.testing.assert_close(layer(x), 0.5 * prev(x) + 0.5 * last(x))

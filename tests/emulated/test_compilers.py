@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton has no package for this platform")
+pytest.importorskip("triton", minversion="3.8", reason="holds what Triton 3.8 emits")
 
 import triton
 import triton.language as tl

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,16 +27,20 @@ def test_right_and_deterministic_in_every_configuration(name: str, op: str, dtyp
         assert list(correctness.failures(backend, correctness.trials_of(backend, case), case, device)) == []
 
 
-def linear_and_conv() -> nn.Module:
-    linears = [nn.Linear(256, 256) for _ in range(2)]
-    convolutions = [nn.Conv2d(64, 64, 3, padding=1) for _ in range(2)]
+def linear_and_conv(device: str = "cuda") -> nn.Module:
+    # Nobody else holds the sources: they are moved before they are mixed.
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    linears = [nn.Linear(256, 256, **options) for _ in range(2)]
+    convolutions = [nn.Conv2d(64, 64, 3, padding=1, **options) for _ in range(2)]
+    for convolution in convolutions:
+        convolution.to(memory_format=torch.channels_last)
     return nn.Sequential(
         rl.nn.ReplacementConv2d.from_neighbours(*convolutions),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
         rl.nn.ReplacementLinear.from_neighbours(*linears),
-    ).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+    )
 
 
 def images() -> Tensor:

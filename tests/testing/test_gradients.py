@@ -108,6 +108,25 @@ def test_integer_inputs() -> None:
     assert {row.name for row in report.comparisons["streamed"]} >= {"gradient of 0.weight", "gradient of 1.weight"}
 
 
+def as_tf32(tensor: Tensor) -> Tensor:
+    """Cut off after 10 bits, as tensor cores may."""
+    return (tensor.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def test_compare_allows_for_tf32_where_told() -> None:
+    """Plain torch multiplies small float32 matrices in full, and is no measure of TF32 then."""
+    torch.manual_seed(0)
+    a, b = torch.randn(40, 64), torch.randn(64, 40)
+    truth, plain = {"y": a.double() @ b.double()}, {"y": a @ b}
+    spread = {"y": (a.double().square() @ b.double().square()).sqrt()}
+    found = {"y": as_tf32(a) @ as_tf32(b)}
+    assert_as_accurate(compare(found, plain, truth, spread, torch.float32, tf32=True))
+    with pytest.raises(AssertionError, match="FAILS"):
+        assert_as_accurate(compare(found, plain, truth, spread, torch.float32))
+    with pytest.raises(AssertionError, match="FAILS"):
+        assert_as_accurate(compare({"y": found["y"] * 1.01}, plain, truth, spread, torch.float32, tf32=True))
+
+
 def test_compare_sees_values_names_and_infinities() -> None:
     truth = {"y": torch.linspace(1, 2, 1000, dtype=torch.float64)}
     plain = {"y": truth["y"].to(torch.bfloat16)}

@@ -176,6 +176,11 @@ def tangent_of(function: Any, arguments: Any, directions: Any, modes: Any = None
 def test_forward_mode(way: str, kind: str) -> None:
     """Of one argument at a time, with and without gradients asked for."""
     mixed, naive, arguments = problem(kind)
+    if way in ("compiled", "checkpointed"):
+        try:
+            tangent_of(WAYS[way](naive, arguments), arguments, tangents(arguments))
+        except RuntimeError as error:  # Checkpoints of torch before 2.12, torch.compile since 2.14.
+            pytest.skip(f"torch {torch.__version__} refuses it of plain layers, too: {str(error).splitlines()[0]}")
     function = WAYS[way](mixed, arguments)
     for requires_grad in (False, True) if way != "compiled" else (False,):
         given = [a.clone().requires_grad_(requires_grad) for a in arguments]
@@ -190,7 +195,10 @@ def test_forward_mode_of_a_compiled_backward() -> None:
     mixed, naive, arguments = problem("linear", requires_grad=True)
     for function in (mixed, naive):
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-        with pytest.raises(NotImplementedError, match="must implement the jvp function"):
+        # The latter since torch 2.14.
+        with pytest.raises(
+            RuntimeError, match=r"must implement the jvp function|Attempted to wrap a dual tensor input"
+        ):
             tangent_of(compiled, arguments, tangents(arguments))
 
 

@@ -8,6 +8,9 @@
 #include "vector_types.h"
 
 #include <cstdint>
+#if defined(RLK_AVX2) && !defined(RLK_AVX512)
+#include <cpuid.h>
+#endif
 
 namespace rl_kernels::cpu {
 namespace {
@@ -72,7 +75,10 @@ bool runs() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #elif defined(RLK_AVX2)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // clang before 18 does not know the name "f16c".
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
   return true;
 #endif

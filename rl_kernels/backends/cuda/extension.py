@@ -6,6 +6,7 @@ one torch (``csrc/bindings/cuda``): without that these kernels are missing, too.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ EXTENSION = opened_by(_extension.EXTENSION, library_in(_extension.folder()))
 def build_info() -> dict[str, Any]:
     """``architectures`` as ``"8.0 9.0+PTX"``, the versions ``nvcc`` and ``runtime``; empty without the extension."""
     return {} if EXTENSION.module is None else EXTENSION.module.build_info()
+
+
+def sources() -> str:
+    """What the build was made of, by ``building/cuda.py``; empty without the extension, or an older one."""
+    if EXTENSION.module is None:
+        return ""
+    record: dict[str, str] = json.loads((_extension.folder() / RECORD).read_text())
+    return record.get("sources", "")
 
 
 def is_older_than_its_sources() -> bool:

@@ -80,12 +80,13 @@ def finish_tile(
             source = weights[j] + wide_first_o * strides[0] + wide_first_i * strides[1]
             offsets = o[:, None] * strides[0] + i[None, :] * strides[1]
             source = tl.load(source + offsets, mask=mask, other=0.0)
-            sums = tl.sum(tl.where(mask, g * source.to(tl.float32), 0.0), 1)
+            products = tl.where(mask, g * source.to(tl.float32), 0.0)
             share = tl.cast(j * parts + part, tl.int64)
             if PER_CHANNEL:
-                tl.store(dots + share * out_channels + channels, sums, mask=in_rows)
+                tl.store(dots + share * out_channels + channels, tl.sum(products, 1), mask=in_rows)
             else:
-                tl.store(dots + share, tl.sum(sums, 0))
+                # At once: a sum of sums of rows Triton before 3.8 cannot compile for sm_100.
+                tl.store(dots + share, tl.sum(products))
 
 
 @triton.jit(do_not_specialize=["taps"])
