@@ -6,6 +6,7 @@ not be built, and says what it then lacks. Environment variables:
 
 * ``USE_CPP``, ``USE_CUDA``: 0 skips the one or the other, 1 makes a build of it that fails an error.
 * ``RL_KERNELS_SCALAR``: 1 leaves out everything that needs vector instructions.
+* ``RL_KERNELS_QUICK``: 1 compiles the kernels for CPUs in a fraction of the time, and slow; not what calls them.
 * ``RL_KERNELS_SANITIZE``: a list for the compiler's ``-fsanitize``, as ``address,undefined``.
 * ``CXX``: the C++ compiler. ``MAX_JOBS``: how many compilers run at once, by default one a core.
 * ``CUDACXX``: nvcc. Without it: that of ``CUDA_HOME``, ``CUDA_PATH``, the ``PATH``, the package nvidia-cuda-nvcc.
@@ -120,8 +121,10 @@ class BuildKernels(build_ext):
         compiler = find_compiler()
 
         scalar = os.environ.get("RL_KERNELS_SCALAR") == "1"
+        quick = os.environ.get("RL_KERNELS_QUICK") == "1"
         sanitizers = os.environ.get("RL_KERNELS_SANITIZE", "")
-        options = " ".join(["scalar"] * scalar + [f"sanitize={sanitizers}"] * bool(sanitizers))
+        chosen = {"scalar": scalar, "quick": quick, f"sanitize={sanitizers}": bool(sanitizers)}
+        options = " ".join(name for name, is_chosen in chosen.items() if is_chosen)
         record = {
             "torch": torch.__version__,
             "python": sysconfig.get_config_var("EXT_SUFFIX"),
@@ -152,7 +155,7 @@ class BuildKernels(build_ext):
             record_file=folder / RECORD,
             watched=[*scripts, *cpu.watched()],
             folder=kept,
-            compilations=cpu.compilations(compiler, flags, kept, scalar, bool(sanitizers)),
+            compilations=cpu.compilations(compiler, flags, kept, scalar, bool(sanitizers), quick),
             linker=tuple(compiler),
             linking=tuple(linking),
         )

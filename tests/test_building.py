@@ -167,6 +167,12 @@ def test_the_kernels_are_compiled_once_an_instruction_set(
     assert all("-O2" in step.command and (alone in step.command) == (len(sets) == 1) for step in others)
 
 
+def test_a_quick_build_is_slow_in_the_kernels_alone() -> None:
+    made = cpu.compilations(["true"], [], Path("objects"), True, False, quick=True)
+    assert {level for step in made for level in step.command if level.startswith("-O")} == {"-O1", "-O2"}
+    assert all(("-O1" in step.command) == (step.source == cpu.TABLE) for step in made)
+
+
 def test_what_is_watched_is_what_is_compiled() -> None:
     watched = set(cpu.watched())
     assert {step.source for step in cpu.compilations(["true"], [], Path("objects"), False, True)} <= watched
