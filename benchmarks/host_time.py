@@ -2,26 +2,34 @@
 
 ``python -m benchmarks.host_time``: tensors of the host pose as a GPU's and each launch is caught where it would be
 queued, after its parameters are filled. torch's own layer runs beside it, on tensors so small that what it computes
-costs nothing. Needs both extensions, built.
+costs nothing. The thread's own time is taken, so that another process costs what it takes of caches and of the core's
+clock, not its turns. Needs both extensions, built.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from torch import Tensor, nn
 
 import rl_kernels as rl
+from benchmarks.record import git_state
 from rl_kernels import _extension
 from rl_kernels import functional as F
+from rl_kernels._machine import machine, versions
 from rl_kernels.backends.cuda import fast_path
 from rl_kernels.backends.gpu.heuristics import H100
 
+WAYS = ("forward, no grad", "forward", "forward + backward")
 H100_FACTS = (90, H100.multiprocessors, H100.shared_bytes)
 SIZE = 8
 
@@ -50,9 +58,9 @@ def steps() -> Iterator[tuple[str, Step, Inputs, Step, Inputs]]:
     yield "conv", lambda: F.mixed_conv2d(image, *filters, 1, 1), mixed, lambda: conv(image), [image, *conv.parameters()]
 
 
-def microseconds(run: Callable[[], object], rounds: int = 300, calls: int = 5) -> tuple[float, float]:
+def microseconds(run: Callable[[], object], rounds: int, calls: int = 5) -> dict[str, float]:
     """The least and the median of the rounds' means, of the thread's own time: what waits for a core is not counted."""
-    for _ in range(100):
+    for _ in range(min(rounds, 100)):
         run()
     found = []
     for _ in range(rounds):
@@ -60,7 +68,7 @@ def microseconds(run: Callable[[], object], rounds: int = 300, calls: int = 5) -
         for _ in range(calls):
             run()
         found.append((time.thread_time() - start) / calls * 1e6)
-    return min(found), statistics.median(found)
+    return {"least": round(min(found), 1), "median": round(statistics.median(found), 1)}
 
 
 def with_backward(step: Step, inputs: Sequence[Tensor]) -> Callable[[], object]:
@@ -69,26 +77,52 @@ def with_backward(step: Step, inputs: Sequence[Tensor]) -> Callable[[], object]:
     return lambda: torch.autograd.grad(step(), inputs, gradient)
 
 
-@click.command()
-def main() -> None:
-    """Print the table."""
-    torch.set_num_threads(1)
+def three_ways(step: Step, inputs: Inputs, rounds: int) -> list[dict[str, float]]:
+    """Of a step, as ``WAYS`` names them."""
+    with torch.no_grad():
+        first = microseconds(step, rounds)
+    return [first, microseconds(step, rounds), microseconds(with_backward(step, inputs), rounds)]
+
+
+def measured(rounds: int) -> Iterator[dict[str, Any]]:
+    """Microseconds a call of every layer and way, torch's own beside."""
     cuda = _extension.EXTENSION.module.cuda
-    fast_path.has_gpu = lambda: True
-    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; least and median of 300 rounds, us a call")
-    for name, step, inputs, own, others in steps():
-        cuda.pose(H100_FACTS, None)
-        with rl.use_backend("cuda"):
-            fast_path.tell()
-            ours = [microseconds(step), microseconds(with_backward(step, inputs))]
-            with torch.no_grad():
-                ours.insert(0, microseconds(step))
-        cuda.end_pose()
-        with torch.no_grad():
-            theirs = [microseconds(own)]
-        theirs += [microseconds(own), microseconds(with_backward(own, others))]
-        for what, one, other in zip(("forward, no grad", "forward", "forward + backward"), ours, theirs, strict=True):
-            print(f"{name}, {what}: cuda {one[0]:.1f} {one[1]:.1f}; torch {other[0]:.1f} {other[1]:.1f}")
+    before, fast_path.has_gpu = fast_path.has_gpu, lambda: True
+    try:
+        for name, step, inputs, own, others in steps():
+            cuda.pose(H100_FACTS, None)
+            try:
+                with rl.use_backend("cuda"):
+                    fast_path.tell()
+                    ours = three_ways(step, inputs, rounds)
+            finally:
+                cuda.end_pose()
+            theirs = three_ways(own, others, rounds)
+            for way, one, other in zip(WAYS, ours, theirs, strict=True):
+                yield {"layer": name, "way": way, "cuda": one, "torch": other}
+    finally:
+        fast_path.has_gpu = before
+        fast_path.tell()
+
+
+@click.command()
+@click.option("--rounds", default=300, show_default=True, help="Of five calls each.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write a record as well.")
+def main(rounds: int, output: Path | None) -> None:
+    """Print microseconds a call: the least and the median of the rounds."""
+    torch.set_num_threads(1)
+    load = [round(value, 1) for value in os.getloadavg()]
+    print(f"load {load[0]} on {os.cpu_count()} cores; least and median of {rounds} rounds, us a call")
+    cells = []
+    for cell in measured(rounds):
+        cells.append(cell)
+        ours, theirs = cell["cuda"], cell["torch"]
+        said = f"cuda {ours['least']} {ours['median']}; torch {theirs['least']} {theirs['median']}"
+        print(f"{cell['layer']}, {cell['way']}: {said}", flush=True)
+    if output is not None:
+        about = {"created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine()}
+        about |= {"versions": versions(), "git": git_state(), "load": load, "rounds": rounds, "unit": "us a call"}
+        output.write_text(json.dumps(about | {"cells": cells}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
