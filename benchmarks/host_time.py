@@ -120,7 +120,10 @@ def main(rounds: int, output: Path | None) -> None:
         said = f"cuda {ours['least']} {ours['median']}; torch {theirs['least']} {theirs['median']}"
         print(f"{cell['layer']}, {cell['way']}: {said}", flush=True)
     if output is not None:
-        about = {"created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine()}
+        about: dict[str, Any] = {
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(),
+        }
         about |= {"versions": versions(), "git": git_state(), "load": load, "rounds": rounds, "unit": "us a call"}
         output.write_text(json.dumps(about | {"cells": cells}, indent=1) + "\n")
 
