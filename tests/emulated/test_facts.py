@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ def test_parameters_are_as_large_as_kernels_take() -> None:
     assert kernels
     for name, facts in kernels.items():
         assert facts["params_bytes"] == ctypes.sizeof(struct_of(name)), name
+
+
+def test_the_library_is_small() -> None:
+    """Of whatever architectures it was built for, the default ones or fewer."""
+    assert Path(EXTENSION.module.__file__).stat().st_size < 20_000_000
 
 
 @pytest.mark.parametrize("dtype", configs.ELEMENTS)
