@@ -20,6 +20,7 @@ from rl_kernels.backends.record_store import RecordStore
 from rl_kernels.ops.values import Call
 
 CAPABILITY = (8, 0)
+KINDS = tuple(f"{kind} channels_last{strided}" for kind in ("dense", "grouped") for strided in ("", " strided"))
 
 _C: Any = getattr(_extension.EXTENSION.module, "cuda", None)
 
@@ -74,7 +75,7 @@ class Cuda(Backend):
     summary = "CUDA C++: the fragments of the sources are mixed in registers for mma.sync"
     kernels = kernels_in(linear="rl_kernels.backends.cuda.kernels", conv="rl_kernels.backends.cuda.kernels")
     accumulates = True
-    record = RecordStore("cuda", needed=True, files=_files, compiler=_compiler, build=_build)
+    record = RecordStore("cuda", needed=True, files=_files, compiler=_compiler, build=_build, kinds=KINDS)
 
     def why_not(self, case: Case) -> str | None:
         """The device, the dtype, or that there is no extension."""
