@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -26,36 +26,81 @@ from benchmarks.record import git_state
 from rl_kernels import _extension
 from rl_kernels import functional as F
 from rl_kernels._machine import machine, versions
-from rl_kernels.backends.cuda import fast_path
+from rl_kernels.backends.cuda import fast_path, kernels
 from rl_kernels.backends.gpu.heuristics import H100
+from rl_kernels.ops.values import Geometry, Recipe, Wanted
 
-WAYS = ("forward, no grad", "forward", "forward + backward")
+WAYS = ("ops alone, forward", "ops alone, forward + backward", "forward, no grad", "forward", "forward + backward")
+"""Ops alone: the kernels' own calls without autograd, arguments and selection, beside torch's own products."""
 H100_FACTS = (90, H100.multiprocessors, H100.shared_bytes)
 SIZE = 8
+ALL = Wanted((True, True), True, (True, True))
 
-Step = Callable[[], Tensor]
-Inputs = Sequence[Tensor]
+Step = Callable[[], Any]
 
 
-def steps() -> Iterator[tuple[str, Step, Inputs, Step, Inputs]]:
-    """A name, then of the CUDA kernels and of torch a step and what has gradients; of 8 features or 16 channels."""
-    dtype = torch.bfloat16
+class Side(NamedTuple):
+    """What runs: a layer, its inputs that have gradients, and its ops, forward and backward."""
+
+    step: Step
+    inputs: Sequence[Tensor]
+    forward: Step
+    backward: Step
+
+
+def layers() -> Iterator[tuple[str, Side, Side]]:
+    """A name, and the sides of the CUDA kernels and of torch; of 8 features or 16 channels."""
+    yield "linear", *linear()
+    yield "conv", *conv()
+
+
+def linear() -> tuple[Side, Side]:
+    """Linear layers with biases."""
     coefficients = nn.Parameter(torch.full((2,), 0.5))
-    first, own, second = (nn.Linear(SIZE, SIZE, dtype=dtype) for _ in range(3))
-    x = torch.randn(SIZE, SIZE, dtype=dtype, requires_grad=True)
-    mixed = [x, coefficients, *first.parameters(), *second.parameters()]
-    recipe = (first.weight, second.weight), coefficients, (first.bias, second.bias)
-    yield "linear", lambda: F.mixed_linear(x, *recipe), mixed, lambda: own(x), [x, *own.parameters()]
+    first, own, second = (nn.Linear(SIZE, SIZE, dtype=torch.bfloat16) for _ in range(3))
+    x = torch.randn(SIZE, SIZE, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.ones(SIZE, SIZE, dtype=torch.bfloat16)
+    recipe = Recipe((first.weight, second.weight), coefficients, (first.bias, second.bias))
+    mixed = Side(
+        lambda: F.mixed_linear(x, *recipe),
+        [x, coefficients, *first.parameters(), *second.parameters()],
+        lambda: kernels.mixed_linear(x, recipe),
+        lambda: (kernels.mixed_linear_dgrad(dy, recipe), kernels.mixed_linear_wgrad(dy, x, recipe, ALL)),
+    )
+    return mixed, Side(
+        lambda: own(x),
+        [x, *own.parameters()],
+        lambda: nn.functional.linear(x, own.weight, own.bias),
+        lambda: (dy @ own.weight, dy.t() @ x, dy.sum(0)),
+    )
 
+
+def conv() -> tuple[Side, Side]:
+    """Convolutions of three by three taps with biases."""
     layout = torch.channels_last
-    one, conv, two = (nn.Conv2d(16, 16, 3, padding=1, dtype=dtype) for _ in range(3))
-    for layer in (one, conv, two):
+    coefficients = nn.Parameter(torch.full((2,), 0.5))
+    first, own, second = (nn.Conv2d(16, 16, 3, padding=1, dtype=torch.bfloat16) for _ in range(3))
+    for layer in (first, own, second):
         layer.weight.data = layer.weight.data.to(memory_format=layout)
-    assert one.bias is not None and two.bias is not None
-    image = torch.randn(1, 16, 4, 4, dtype=dtype).to(memory_format=layout).requires_grad_()
-    mixed = [image, coefficients, *one.parameters(), *two.parameters()]
-    filters = (one.weight, two.weight), coefficients, (one.bias, two.bias)
-    yield "conv", lambda: F.mixed_conv2d(image, *filters, 1, 1), mixed, lambda: conv(image), [image, *conv.parameters()]
+    assert first.bias is not None and second.bias is not None
+    x = torch.randn(1, 16, 4, 4, dtype=torch.bfloat16).to(memory_format=layout).requires_grad_()
+    dy = torch.ones(1, 16, 4, 4, dtype=torch.bfloat16).to(memory_format=layout)
+    recipe = Recipe((first.weight, second.weight), coefficients, (first.bias, second.bias))
+    how, size = Geometry((1, 1), (1, 1), (1, 1), 1), (1, 16, 4, 4)
+    mixed = Side(
+        lambda: F.mixed_conv2d(x, *recipe, 1, 1),
+        [x, coefficients, *first.parameters(), *second.parameters()],
+        lambda: kernels.mixed_conv(x, recipe, how),
+        lambda: (kernels.mixed_conv_dgrad(dy, recipe, size, how), kernels.mixed_conv_wgrad(dy, x, recipe, ALL, how)),
+    )
+    backward = torch.ops.aten.convolution_backward
+    options = [16], *how[:3], False, (0, 0), 1, (True, True, True)
+    return mixed, Side(
+        lambda: own(x),
+        [x, *own.parameters()],
+        lambda: nn.functional.conv2d(x, own.weight, own.bias, padding=1),
+        lambda: backward(dy, x, own.weight, *options),
+    )
 
 
 def microseconds(run: Callable[[], object], rounds: int, calls: int = 5) -> dict[str, float]:
@@ -71,17 +116,18 @@ def microseconds(run: Callable[[], object], rounds: int, calls: int = 5) -> dict
     return {"least": round(min(found), 1), "median": round(statistics.median(found), 1)}
 
 
-def with_backward(step: Step, inputs: Sequence[Tensor]) -> Callable[[], object]:
+def with_backward(side: Side) -> Callable[[], object]:
     """The step and its gradients; not their addition to ``.grad``, which is torch's own and the same for all."""
-    gradient = torch.ones_like(step())
-    return lambda: torch.autograd.grad(step(), inputs, gradient)
+    gradient = torch.ones_like(side.step())
+    return lambda: torch.autograd.grad(side.step(), side.inputs, gradient)
 
 
-def three_ways(step: Step, inputs: Inputs, rounds: int) -> list[dict[str, float]]:
-    """Of a step, as ``WAYS`` names them."""
+def every_way(side: Side, rounds: int) -> list[dict[str, float]]:
+    """As ``WAYS`` names them."""
     with torch.no_grad():
-        first = microseconds(step, rounds)
-    return [first, microseconds(step, rounds), microseconds(with_backward(step, inputs), rounds)]
+        ops = [side.forward, lambda: (side.forward(), side.backward()), side.step]
+        found = [microseconds(run, rounds) for run in ops]
+    return [*found, microseconds(side.step, rounds), microseconds(with_backward(side), rounds)]
 
 
 def measured(rounds: int) -> Iterator[dict[str, Any]]:
@@ -89,15 +135,15 @@ def measured(rounds: int) -> Iterator[dict[str, Any]]:
     cuda = _extension.EXTENSION.module.cuda
     before, fast_path.has_gpu = fast_path.has_gpu, lambda: True
     try:
-        for name, step, inputs, own, others in steps():
+        for name, mixed, own in layers():
             cuda.pose(H100_FACTS, None)
             try:
                 with rl.use_backend("cuda"):
                     fast_path.tell()
-                    ours = three_ways(step, inputs, rounds)
+                    ours = every_way(mixed, rounds)
             finally:
                 cuda.end_pose()
-            theirs = three_ways(own, others, rounds)
+            theirs = every_way(own, rounds)
             for way, one, other in zip(WAYS, ours, theirs, strict=True):
                 yield {"layer": name, "way": way, "cuda": one, "torch": other}
     finally:
