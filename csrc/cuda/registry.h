@@ -1,4 +1,4 @@
-// The kernels of the module rl_kernels._cuda by name: a .cu file declares each with RL_KERNEL, bindings.cpp launches
+// The kernels of the library rl_kernels/_cuda.so by name: a .cu file declares each with RL_KERNEL, library.cpp launches
 // them.
 #pragma once
 
@@ -7,8 +7,7 @@
 
 namespace rl_kernels::cuda {
 
-// What the host has to know of a kernel to launch it; 0 for what it does not have. The kernels of configs.py in
-// rl_kernels/backends/cuda are these, and a test holds the two equal.
+// What the host has to know of a kernel to launch it; 0 for what it does not have.
 struct LaunchFacts {
   int threads = 0;        // of a block
   int rows = 0;           // of the result, that a block computes
@@ -28,7 +27,7 @@ struct Kernel {
   LaunchFacts facts;
 };
 
-// Those of every object file in the module, in no particular order.
+// Those of every object file in the library, in no particular order.
 inline std::vector<Kernel> &registered_kernels() {
   static std::vector<Kernel> kernels; // a local: the objects below are made before any global could be relied on
   return kernels;

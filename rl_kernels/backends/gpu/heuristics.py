@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from rl_kernels._extension import without_fast_path
+
 WORKSPACE_BYTES = 32 << 20
 """Bytes, at most, that a call takes for the partial sums of a split reduction."""
 
@@ -116,7 +118,8 @@ def use_config(config: Config, splits: int = 1) -> Iterator[None]:
     global _forced
     previous, _forced = _forced, (config, splits)
     try:
-        yield
+        with without_fast_path():  # which chooses by itself
+            yield
     finally:
         _forced = previous
 
@@ -126,13 +129,19 @@ def forced() -> tuple[Config, int] | None:
     return _forced
 
 
+def is_told() -> bool:
+    """Whether ``choose`` does more than estimate: a configuration is forced, a table is in use, or works are noted."""
+    return _forced is not None or bool(_table) or _seen is not None
+
+
 @contextlib.contextmanager
 def use_table(table: Table) -> Iterator[None]:
     """Inside, take configurations from ``table`` where it has the work and the device."""
     global _table
     previous, _table = _table, {**_table, **table}
     try:
-        yield
+        with without_fast_path():
+            yield
     finally:
         _table = previous
 
@@ -143,7 +152,8 @@ def recording() -> Iterator[dict[tuple[Work, Device], tuple[Config, ...]]]:
     global _seen
     previous, _seen = _seen, {}
     try:
-        yield _seen
+        with without_fast_path():
+            yield _seen
     finally:
         _seen = previous
 
