@@ -83,8 +83,12 @@ template <class T, class Tile, class Addressing, bool TRANSPOSED, class Kind> cl
   static constexpr int WEIGHT_CHUNKS = TRANSPOSED ? Tile::ROWS / E::IN_CHUNK : CHUNKS;
   static constexpr int WEIGHT_ROWS = TRANSPOSED ? E::TILE_DEPTH : Tile::ROWS;
   static constexpr int PIXELS = Tile::COLUMNS * CHUNKS / Tile::THREADS;
+  static constexpr int WEIGHT_STEP = Tile::THREADS / WEIGHT_CHUNKS, PIXEL_STEP = Tile::THREADS / CHUNKS; // in rows
+  static constexpr int SOURCES = Kind::IS_PAIR ? 2 : MAX_SOURCES, WEIGHT_COPIES = WEIGHT_ROWS / WEIGHT_STEP;
   static_assert(Tile::THREADS % CHUNKS == 0 && Tile::THREADS % WEIGHT_CHUNKS == 0,
                 "a thread copies one column of chunks");
+  static_assert(WEIGHT_STEP % (TRANSPOSED && sizeof(T) == 4 ? 4 : 8) == 0 && PIXEL_STEP % 8 == 0,
+                "and its chunks are swapped alike in all rows");
   static_assert(PIXELS * Tile::THREADS == Tile::COLUMNS * CHUNKS, "threads copy equally many");
 
   // Epilogue: 32 columns of each warp beside another, as rows of floats.
@@ -131,19 +135,34 @@ private:
   const int warp_row_ = warp_ / Tile::WARPS_OVER_COLUMNS * Tile::WARP_ROWS;
   const int warp_column_ = warp_ % Tile::WARPS_OVER_COLUMNS * Tile::WARP_COLUMNS;
   const int depth_, first_step_, steps_;
+  const bool whole_taps_;     // whether steps lie within a tap
+  const bool vectors_;        // whether 16 bytes of every operand may be copied at once, a step's rows in equal steps
   const T *const activation_; // the group's
   int first_feature_, first_pixel_;
+  // Where a thread's chunks of the next step lie, if it is a whole one; of a convolution, but for the tap's part.
+  const T *from_[SOURCES][WEIGHT_COPIES], *pixels_[PIXELS];
+  int bytes_; // of a chunk of a source's row along the sum, that there are
+  // Of a convolution: the position of the thread's chunk, the sources' offsets to it, and the step's first channel.
+  typename Addressing::Position at_;
+  int64_t along_[SOURCES];
+  int channel_;
 
   __device__ ProductKernel(const Product &p, uint8_t *shared, Pixel *kept)
       : p_(p), shared_(shared), kept_(kept), sources_(Kind::IS_PAIR ? 2 : p.recipe.sources),
         stage_bytes_(sources_ * Weight::BYTES + Activation::BYTES), depth_(p.channels * taps_of(p.correlation)),
         first_step_(split_ * p.steps), steps_(min(p.steps, (depth_ + E::TILE_DEPTH - 1) / E::TILE_DEPTH - first_step_)),
+        whole_taps_(!Addressing::KEPT || p.channels % E::TILE_DEPTH == 0),
+        vectors_(p.vector_activation && p.recipe.vectors == (1 << sources_) - 1 && (!TRANSPOSED || whole_taps_)),
         activation_(reinterpret_cast<const T *>(p.activation) +
                     int64_t(group_) * p.channels * p.activation_strides[1]) {
     const int2 tile =
         tile_of(blockIdx.x, (p.features + Tile::ROWS - 1) / Tile::ROWS, (p.pixels + Tile::COLUMNS - 1) / Tile::COLUMNS);
     first_feature_ = tile.x * Tile::ROWS;
     first_pixel_ = tile.y * Tile::COLUMNS;
+    const int features = p.features - first_feature_ - thread_ % WEIGHT_CHUNKS * E::IN_CHUNK;
+    bytes_ = min(max(features, 0), E::IN_CHUNK) * E::BYTES;
+    channel_ = p.channels; // so that the first step's tap is found
+    find_first_chunks();
   }
 
   // Where pixels lie is computed once, and kept where it takes more than a product.
@@ -164,12 +183,116 @@ private:
 
   // Copies. A thread's chunks of the activation lie in one column of the tile, and in the same rows each step.
 
-  __device__ void load(int step, int stage) const {
+  __device__ void load(int step, int stage) {
     uint8_t *to = shared_ + stage * stage_bytes_;
     const int first_k = (first_step_ + step) * E::TILE_DEPTH;
+    if (vectors_ && first_k + E::TILE_DEPTH <= depth_) {
+      copy_whole_step(ptx::shared_address(to), first_k);
+      return;
+    }
     for (int j = 0; j < sources_; ++j)
       load_source(to + j * Weight::BYTES, j, first_k);
     load_activation(to + sources_ * Weight::BYTES, first_k);
+  }
+
+  // Most steps: 16 bytes at a time, nothing past the sum's end. Rows past the last are copies of it, for nobody stores
+  // what becomes of them.
+
+  __device__ void find_first_chunks() {
+    const int64_t first_k = int64_t(first_step_) * E::TILE_DEPTH;
+#pragma unroll
+    for (int j = 0; j < SOURCES; ++j) {
+      if (!Kind::IS_PAIR && j >= sources_)
+        break;
+      const int64_t *strides = p_.recipe.strides[j];
+      auto *weight = reinterpret_cast<const T *>(p_.recipe.weights[j]) + group_ * p_.recipe.group_strides[j];
+      const int chunk = thread_ % WEIGHT_CHUNKS, first_row = thread_ / WEIGHT_CHUNKS;
+#pragma unroll
+      for (int i = 0; i < WEIGHT_COPIES; ++i) {
+        const int row = first_row + i * WEIGHT_STEP;
+        const int feature =
+            TRANSPOSED ? first_feature_ + chunk * E::IN_CHUNK : min(first_feature_ + row, p_.features - 1);
+        from_[j][i] = weight + (feature < p_.features ? feature * strides[0] : 0);
+        if constexpr (TRANSPOSED)
+          from_[j][i] += row * strides[1];
+        if constexpr (!Addressing::KEPT)
+          from_[j][i] += (first_k + (TRANSPOSED ? 0 : chunk * E::IN_CHUNK)) * strides[1];
+      }
+    }
+    if constexpr (!Addressing::KEPT) {
+#pragma unroll
+      for (int i = 0; i < PIXELS; ++i) {
+        const int pixel = min(first_pixel_ + thread_ / CHUNKS + i * PIXEL_STEP, p_.pixels - 1);
+        pixels_[i] = activation_ + pixel * p_.activation_strides[0] + first_k + thread_ % CHUNKS * E::IN_CHUNK;
+      }
+    }
+  }
+
+  __device__ void copy_whole_step(uint32_t to, int first_k) {
+    const uint32_t weights = to + Weight::offset(thread_ / WEIGHT_CHUNKS, thread_ % WEIGHT_CHUNKS);
+    const uint32_t activation = to + Activation::offset(thread_ / CHUNKS, thread_ % CHUNKS);
+    if constexpr (Addressing::KEPT)
+      go_along(first_k);
+    unrolled<SOURCES>([&](auto j) {
+      if (Kind::IS_PAIR || j < sources_)
+        copy_source<j>(weights);
+    });
+    if constexpr (Kind::IS_PAIR)
+      copy_activation<SOURCES * Weight::BYTES>(activation);
+    else
+      copy_activation<0>(activation + sources_ * Weight::BYTES);
+  }
+
+  // Of a convolution: to the position of the thread's chunk, which is found anew only for another tap.
+  __device__ void go_along(int first_k) {
+    channel_ += E::TILE_DEPTH;
+    const bool same_tap = whole_taps_ && channel_ < p_.channels;
+    const int chunk = thread_ % CHUNKS * E::IN_CHUNK;
+    if (same_tap)
+      at_.offset += E::TILE_DEPTH * p_.activation_strides[1];
+    else
+      at_ = Addressing::position(p_.correlation, p_.activation_strides, first_k + chunk);
+    unrolled<SOURCES>([&](auto j) {
+      if (!Kind::IS_PAIR && j >= sources_)
+        return;
+      const int64_t *strides = p_.recipe.strides[j];
+      if (same_tap)
+        along_[j] += E::TILE_DEPTH * strides[1];
+      else
+        along_[j] = Addressing::weight_offset(p_.correlation, strides, first_k + (TRANSPOSED ? 0 : chunk));
+    });
+    if (!same_tap)
+      channel_ = Addressing::channel(p_.correlation, first_k);
+  }
+
+  template <int J> __device__ void copy_source(uint32_t to) {
+    constexpr int ROW_BYTES = TRANSPOSED ? Tile::ROWS * E::BYTES : STEP_BYTES;
+    unrolled<WEIGHT_COPIES>([&](auto i) {
+      constexpr int OFFSET = J * Weight::BYTES + i * WEIGHT_STEP * ROW_BYTES;
+      const T *from = from_[J][i];
+      if constexpr (Addressing::KEPT)
+        from += along_[J];
+      else
+        from_[J][i] += TRANSPOSED ? E::TILE_DEPTH * p_.recipe.strides[J][1] : E::TILE_DEPTH;
+      if constexpr (TRANSPOSED)
+        ptx::cp_async<OFFSET>(to, from, bytes_);
+      else
+        ptx::cp_async<OFFSET>(to, from);
+    });
+  }
+
+  template <int BEHIND> __device__ void copy_activation(uint32_t to) {
+    unrolled<PIXELS>([&](auto i) {
+      constexpr int OFFSET = BEHIND + i * PIXEL_STEP * STEP_BYTES;
+      if constexpr (Addressing::KEPT) {
+        const auto pixel = pixel_of(thread_ / CHUNKS + i * PIXEL_STEP);
+        const bool inside = Addressing::meets(p_.correlation, pixel, at_);
+        ptx::cp_async<OFFSET>(to, activation_ + (inside ? pixel.offset + at_.offset : 0), inside ? CHUNK_BYTES : 0);
+      } else {
+        ptx::cp_async<OFFSET>(to, pixels_[i]);
+        pixels_[i] += E::TILE_DEPTH;
+      }
+    });
   }
 
   __device__ void load_source(uint8_t *tile, int j, int first_k) const {
@@ -237,17 +360,16 @@ private:
     float2 mixed[Tile::DOWN][4];
     auto add = [&](int j) {
       factors.step(j, first_k, depth_);
-#pragma unroll
-      for (int down = 0; down < Tile::DOWN; ++down) {
+      unrolled<Tile::DOWN>([&](auto down) {
         uint32_t source[4];
-        Weight::first_operand(source, from + j * Weight::BYTES, warp_row_ + 16 * down, s, lane_);
+        Weight::template first_operand<down>(source, from + j * Weight::BYTES, warp_row_, s, lane_);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const float2 factor = factors.of(j, down, r);
           float2 &sum = mixed[down][r];
           sum = j == 0 ? first_source<T>(source[r], factor) : add_source<T>(sum, source[r], factor);
         }
-      }
+      });
     };
     if constexpr (Kind::IS_PAIR) {
       add(0);
@@ -258,21 +380,22 @@ private:
         if (j < sources_)
           add(j);
     }
+    // Past the sum's end sources are 0, but an infinite coefficient makes that nan.
+    if (first_k + E::MMA_DEPTH > depth_) {
 #pragma unroll
-    for (int down = 0; down < Tile::DOWN; ++down) {
-      // Past the sum's end sources are 0, but an infinite coefficient makes that nan.
-      if (first_k + E::MMA_DEPTH > depth_) {
+      for (int down = 0; down < Tile::DOWN; ++down)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const int k = first_k + r / 2 * (E::MMA_DEPTH / 2) + lane_ % 4 * E::IN_REGISTER;
           float2 &sum = mixed[down][r];
           sum = {k < depth_ ? sum.x : 0.0f, k + 1 < depth_ ? sum.y : 0.0f};
         }
-      }
+    }
+#pragma unroll
+    for (int down = 0; down < Tile::DOWN; ++down)
 #pragma unroll
       for (int r = 0; r < 4; ++r)
         weight[down][r] = operand<T>(pack<T>(mixed[down][r]));
-    }
   }
 
   // Epilogue: 32 columns of each warp at a time through shared memory, as rows of features, then 16 bytes a thread.

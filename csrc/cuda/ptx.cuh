@@ -17,6 +17,17 @@ __device__ inline void cp_async(uint32_t to, const void *from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// The same to OFFSET bytes behind `to`.
+template <int OFFSET> __device__ inline void cp_async(uint32_t to, const void *from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes), "n"(OFFSET)
+               : "memory");
+}
+
+// All 16 bytes, to OFFSET bytes behind `to`.
+template <int OFFSET> __device__ inline void cp_async(uint32_t to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1], 16;" ::"r"(to), "l"(from), "n"(OFFSET) : "memory");
+}
+
 __device__ inline void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most N of this thread's latest groups are under way.
@@ -29,6 +40,14 @@ __device__ inline void ldmatrix(uint32_t (&to)[4], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(from)
+               : "memory");
+}
+
+// The same of OFFSET bytes behind `from`.
+template <int OFFSET> __device__ inline void ldmatrix(uint32_t (&to)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from), "n"(OFFSET)
                : "memory");
 }
 

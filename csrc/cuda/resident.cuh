@@ -274,9 +274,8 @@ private:
 #pragma unroll
     for (int s = 0; s < E::TILE_DEPTH / E::MMA_DEPTH; ++s) {
       uint32_t weight[Tile::DOWN][4];
-#pragma unroll
-      for (int down = 0; down < Tile::DOWN; ++down)
-        Weight::first_operand(weight[down], weights, warp_row_ + 16 * down, s, lane_);
+      unrolled<Tile::DOWN>(
+          [&](auto down) { Weight::template first_operand<down>(weight[down], weights, warp_row_, s, lane_); });
       multiply_add<T, Tile, Activation>(sums_, weight, columns, warp_column_, s, lane_);
     }
     if (++step_ == steps_) {

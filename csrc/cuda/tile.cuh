@@ -4,7 +4,17 @@
 #include "addressing.cuh"
 #include "mix.cuh"
 
+#include <type_traits>
+#include <utility>
+
 namespace rl_kernels::cuda {
+
+// Calls f with 0 to COUNT - 1 as constants.
+template <int COUNT, class F> __device__ inline void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, COUNT>());
+}
 
 // A block's share of the result, rows of the first operand by columns of the second, and how its warps divide it.
 template <int ROWS_, int COLUMNS_, int WARPS_OVER_ROWS_, int WARPS_OVER_COLUMNS_> struct Tile {
@@ -28,14 +38,18 @@ template <class T, int WIDTH> struct DepthInner {
     return row * STEP_BYTES + ((chunk ^ (row >> 1)) & 3) * CHUNK_BYTES;
   }
 
-  // The first operand of matrix instruction `step`: 16 rows from `first` on.
+  // The first operand of matrix instruction `step`: 16 rows from 16 * DOWN after `first` on.
+  template <int DOWN>
   __device__ static void first_operand(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
-    ptx::ldmatrix(to, tile + offset(first + lane % 16, 2 * step + lane / 16));
+    // Chunks of rows 8 apart are swapped alike.
+    ptx::ldmatrix<16 * DOWN * STEP_BYTES>(to, tile + offset(first + lane % 16, 2 * step + lane / 16));
   }
 
-  // The second operands of two: 8 columns from `first` on in to[0] and to[1], and the next 8.
+  // The second operands of two: 8 columns from 8 * ACROSS after `first` on in to[0] and to[1], and the next 8.
+  template <int ACROSS>
   __device__ static void second_operands(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
-    ptx::ldmatrix(to, tile + offset(first + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    ptx::ldmatrix<8 * ACROSS * STEP_BYTES>(to,
+                                           tile + offset(first + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
   }
 };
 
@@ -50,7 +64,9 @@ template <class T, int WIDTH> struct DepthOuter {
     return row * ROW_BYTES + (chunk ^ (sizeof(T) == 2 ? row & 7 : (row & 3) << 1)) * CHUNK_BYTES;
   }
 
+  template <int DOWN>
   __device__ static void first_operand(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
+    first += 16 * DOWN;
     if constexpr (sizeof(T) == 2) {
       int row = step * 16 + lane / 16 * 8 + lane % 8;
       ptx::ldmatrix_trans(to, tile + offset(row, first / 8 + lane / 8 % 2));
@@ -61,7 +77,9 @@ template <class T, int WIDTH> struct DepthOuter {
     }
   }
 
+  template <int ACROSS>
   __device__ static void second_operands(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
+    first += 8 * ACROSS;
     if constexpr (sizeof(T) == 2) {
       int row = step * 16 + lane / 8 % 2 * 8 + lane % 8;
       ptx::ldmatrix_trans(to, tile + offset(row, first / 8 + lane / 16));
@@ -82,10 +100,10 @@ template <class T, int WIDTH> struct DepthOuter {
 template <class T, class Tile, class Columns>
 __device__ inline void multiply_add(typename Tile::Sums &sums, const uint32_t (&rows)[Tile::DOWN][4], uint32_t tile,
                                     int first, int step, int lane) {
-#pragma unroll
-  for (int across = 0; across < Tile::ACROSS; across += 2) {
+  unrolled<Tile::ACROSS / 2>([&](auto pair) {
+    constexpr int across = 2 * pair;
     uint32_t columns[4];
-    Columns::second_operands(columns, tile, first + 8 * across, step, lane);
+    Columns::template second_operands<across>(columns, tile, first, step, lane);
 #pragma unroll
     for (int r = 0; r < 4; ++r)
       columns[r] = operand<T>(columns[r]);
@@ -94,7 +112,7 @@ __device__ inline void multiply_add(typename Tile::Sums &sums, const uint32_t (&
       ptx::mma<T>(sums[down][across], rows[down], columns[0], columns[1]);
       ptx::mma<T>(sums[down][across + 1], rows[down], columns[2], columns[3]);
     }
-  }
+  });
 }
 
 // The tile of block `index` of rows x columns of tiles: 8 rows at a time, whose blocks share the columns' operand in

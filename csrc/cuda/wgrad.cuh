@@ -285,13 +285,12 @@ private:
 #pragma unroll
     for (int s = 0; s < E::TILE_DEPTH / E::MMA_DEPTH; ++s) {
       uint32_t rows[Tile::DOWN][4];
-#pragma unroll
-      for (int down = 0; down < Tile::DOWN; ++down) {
-        Gradient::first_operand(rows[down], from, warp_row_ + 16 * down, s, lane_);
+      unrolled<Tile::DOWN>([&](auto down) {
+        Gradient::template first_operand<down>(rows[down], from, warp_row_, s, lane_);
 #pragma unroll
         for (int r = 0; r < 4; ++r)
           rows[down][r] = operand<T>(rows[down][r]);
-      }
+      });
       multiply_add<T, Tile, Activation>(sums, rows, from + Gradient::BYTES, warp_column_, s, lane_);
     }
   }
