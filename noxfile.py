@@ -39,7 +39,7 @@ def install(session: nox.Session, *pins: str, build: bool = True) -> None:
     # torch demands a setuptools of its own below some version; without this one the build would fetch another.
     session.install(*constrained, *pins, "setuptools>=77", "wheel", "ninja", "pybind11")
     wanted = {"USE_CPP": "1" if build else "0", "USE_CUDA": "0"}
-    session.install(*constrained, "--no-build-isolation", "--editable", ".[test]", env=wanted)
+    session.install(*constrained, "--no-build-isolation", "--editable", ".[test,emulated]", env=wanted)
     session.run("python", "-m", "rl_kernels", "doctor")
 
 
@@ -58,9 +58,13 @@ def newest_torch(session: nox.Session) -> None:
 
 
 def run_triton_tests(session: nox.Session) -> None:
-    """The Triton kernels interpreted, and compiled for every architecture."""
+    """The Triton kernels interpreted, compiled for every architecture, and executed as PTX."""
     session.run("pytest", "-n", "2", "tests/interpreter", env={"TRITON_INTERPRET": "1", **ONE_THREAD})
     session.run("pytest", "-n", "2", "tests/offline", env=ONE_THREAD)
+    # Of Triton's own kernels, which the interpreter of PTX is tried on, the newest are enough.
+    session.run("pytest", "-n", "2", "tests/emulated/test_kernels.py", env=ONE_THREAD)
+    ours = ("tests/emulated/test_hopper_kernels.py", "-k", "test_linear or test_conv")
+    session.run("pytest", "-n", "2", *ours, env=ONE_THREAD)
 
 
 @nox.session

@@ -5,7 +5,9 @@ Neither torch's headers nor its libraries are needed, so that it is built beside
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -84,10 +86,13 @@ def parse_architectures(text: str, variable: str, leave_out_older: bool = False)
     return list(found.values())
 
 
+USUAL_FOLDER = "/usr/local/cuda/bin"
+
+
 def find_program(name: str) -> str | None:
     """A program of CUDA: in CUDA_HOME, CUDA_PATH, the PATH, the usual folder or Python's packages; None without it."""
     homes = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    folders = [*map(str, homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin", *map(str, _package_folders())]
+    folders = [*map(str, homes), os.environ.get("PATH", ""), USUAL_FOLDER, *map(str, _package_folders())]
     return next(filter(None, (shutil.which(name, path=folder) for folder in folders if folder)), None)
 
 
@@ -124,6 +129,18 @@ def nvcc_version(nvcc: str) -> str:
     return match[0][1:]
 
 
+def made_of(nvcc: str) -> str:
+    """What decides the kernels' code, as a hash: their sources, the flags and nvcc; no path, no Python, no date.
+
+    A record of what was measured holds for every build of the same.
+    """
+    total = hashlib.sha256(json.dumps([nvcc, FLAGS]).encode())
+    for path in sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp")):
+        total.update(f"{path.name} {path.stat().st_size}\n".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
 def pybind11_include() -> Path:
     """Pybind11's headers: its own package's, or those that torch brings."""
     for package in ("pybind11", "torch"):
@@ -156,6 +173,7 @@ def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] |
         "architectures": " ".join(map(str, targets)),
         "nvcc": nvcc_version(nvcc),
     }
+    record["sources"] = made_of(record["nvcc"])
     flags = [f'-DRL_KERNELS_CUDA_ARCHITECTURES="{record["architectures"]}"', f'-DRL_KERNELS_NVCC="{record["nvcc"]}"']
     flags += [f"-I{SOURCES}", f"-isystem={pybind11_include()}", f"-isystem={sysconfig.get_path('include')}"]
     flags += [flag for target in targets for flag in target.flags()]

@@ -81,10 +81,13 @@ def test_nvcc_is_found_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     asked = program(tmp_path / "asked")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(cuda, "_package_folders", lambda: [])
+    monkeypatch.setattr(cuda, "USUAL_FOLDER", str(tmp_path / "usual"))
     with pytest.raises(CannotBuild, match=r"there is no nvcc \(CUDACXX, CUDA_HOME, .*nvidia-cuda-nvcc\)"):
         cuda.find_nvcc()
     monkeypatch.setattr(cuda, "_package_folders", lambda: [Path(package).parent])
     assert cuda.find_nvcc() == package
+    usual = program(tmp_path / "usual" / "nvcc")
+    assert cuda.find_nvcc() == usual
     for variable, value, expected in (
         ("PATH", str(tmp_path / "path"), on_path),
         ("CUDA_PATH", str(tmp_path / "other"), of_path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from building.cuda import find_program
 from rl_kernels._machine import versions
+from rl_kernels.backends.gpu.disassembler import find_tool
 
 QUERY = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.memory"
 PACKAGES = ("setuptools", "ninja", "pytest", "pytest-xdist", "hypothesis", "numpy", "click", "rich")
@@ -26,7 +28,9 @@ def gpu() -> dict[str, str]:
 
 def describe() -> dict[str, Any]:
     """The GPU, the versions of all that takes part, and which programs there are; those that are missing are named."""
-    programs = {name: find_program(name) for name in ("nvcc", "compute-sanitizer", "ncu", "nvdisasm")}
+    programs = {name: find_program(name) for name in ("nvcc", "compute-sanitizer", "ncu")} | {"nvdisasm": None}
+    with contextlib.suppress(FileNotFoundError):  # As kernels are looked at: Triton's package has one.
+        programs["nvdisasm"] = str(find_tool("nvdisasm"))
     nvcc = programs["nvcc"]
     return {
         "gpu": gpu(),

@@ -67,6 +67,10 @@ class Backend(ABC):
         """The ways in which a kernel can run: each one's name, and what makes it run so; the first as by itself."""
         return [("", nullcontext)]
 
+    def watched(self) -> AbstractContextManager[list[str]]:
+        """Run its kernels inside; at the end the list fills with why their machine code is not to be trusted."""
+        return nullcontext([])
+
     @functools.cached_property
     def looks_at_calls(self) -> bool:
         """Whether a case alone does not tell that it serves a call."""

@@ -84,6 +84,7 @@ class RecordStore:
         backend: its name.
         needed: whether nothing is used but what a record says to be right and fast; else a record only takes away.
         files: the kernels' sources, or their binary.
+        build: what a build of them is known by instead, given a device: a binary differs with where it was made.
         compiler: what compiles them as they run, with its version; empty where nothing does.
     """
 
@@ -91,12 +92,14 @@ class RecordStore:
     needed: bool
     files: Callable[[], Sequence[Path]]
     compiler: Callable[[], str] = str
+    build: Callable[[torch.device], str] | None = None
 
     def here(self, device: torch.device) -> Here:
         """What a record has to fit."""
         internals: Any = torch._C
         driver = internals._cuda_getDriverVersion() if device.type == "cuda" and torch.version.cuda else None
-        return Here(architecture(device), driver, self.compiler(), hash_of(self.files()))
+        build = self.build(device) if self.build is not None else ""
+        return Here(architecture(device), driver, self.compiler(), build or hash_of(self.files()))
 
     def worse(self, case: Case, call: Call | None = None) -> str | None:
         """Why ``auto`` passes the backend over for all calls of ``case``, or for one; None where it does not."""
@@ -133,10 +136,21 @@ def find(store: RecordStore, device: torch.device) -> tuple[Record | None, str]:
     return None, reason
 
 
+def _devices(kind: str) -> list[torch.device]:
+    """All of a type: a case is of them all, and there may be GPUs of two kinds."""
+    count = torch.cuda.device_count() if kind == "cuda" else 0
+    return [torch.device(kind, index) for index in range(count)] or [torch.device(kind)]
+
+
 @functools.cache
 def _why_worse(store: RecordStore, op: str, device: str, dtype: torch.dtype) -> str | None:
+    reasons = [_why_worse_on(store, op, each, dtype) for each in _devices(device)]
+    return None if None in reasons else reasons[0]
+
+
+def _why_worse_on(store: RecordStore, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     name = str(dtype).removeprefix("torch.")
-    record, reason = find(store, torch.device(device))
+    record, reason = find(store, device)
     if record is None:
         return reason if store.needed else None
     if store.needed or record.verdict(op, name) is not None:
@@ -165,8 +179,9 @@ def _why_worse_at(
 
 @functools.cache
 def _lost(store: RecordStore, op: str, device: str, dtype: torch.dtype) -> str | None:
-    record, _ = find(store, torch.device(device))
-    points = [] if record is None else record.points_of(op, str(dtype).removeprefix("torch."))
+    records = [find(store, each)[0] for each in _devices(device)]
+    name = str(dtype).removeprefix("torch.")
+    points = [point for record in records if record is not None for point in record.points_of(op, name)]
     lost = sum(not point.won for point in points)
     return f"not near {lost} of {len(points)} measured sizes, where a rival was faster" if lost else None
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rl_kernels.backends.triton.offline import Kernel
 
 ARCHES = ("sm_80", "sm_90", "sm_100")
+ASYNCHRONOUS = "HGMMA"
 PEAK = "matrix instructions"
 COLOURS = {"L2": "#4c78a8", "shared memory": "#f58518", "mixing": "#54a24b"}
 
@@ -33,8 +34,9 @@ def inspect_command(arches: tuple[str, ...], as_json: bool, plot: Path | None) -
 
     No GPU is needed; it takes two to three minutes an architecture the first time. The columns: registers and bytes
     of spilled ones a thread; KiB of shared memory a program; the matrix instruction, and where it takes the mixed
-    weight (A) from; in the main loop the stores to shared memory (STS) and the bytes of the narrowest load; and what
-    binds it by the model that configurations are chosen by, which is no measurement.
+    weight (A) from; how many writes race with it, or that it is serialised (docs/checking.md); in the main loop the
+    stores to shared memory (STS) and the bytes of the narrowest load; and what binds it by the model that
+    configurations are chosen by, which is no measurement.
     """
     if find_spec("triton") is None:
         raise click.ClickException("triton is not installed: pip install 'triton>=3.6' (Linux)")
@@ -43,7 +45,10 @@ def inspect_command(arches: tuple[str, ...], as_json: bool, plot: Path | None) -
     from rl_kernels.backends.triton import offline
 
     kernels = [kernel for arch in arches or ARCHES for kernel in offline.kernels(arch)]
-    click.echo(json.dumps([kernel.as_dict() for kernel in kernels], indent=1) if as_json else table(kernels))
+    if as_json:
+        click.echo(json.dumps([kernel.as_dict() for kernel in kernels], indent=1))
+    else:
+        click.echo("\n".join([table(kernels), *summary(kernels, offline.compilers())]))
     if plot is not None:
         draw(kernels, plot)
 
@@ -53,7 +58,7 @@ def table(kernels: Sequence[Kernel]) -> str:
     from rl_kernels._tables import as_text, simple_table
 
     numbers = ("regs", "spill", "KiB", "STS", "load")
-    columns = ("arch", "kernel", "of", "config", *numbers[:3], "MMA", "A", *numbers[3:], "bound by")
+    columns = ("arch", "kernel", "of", "config", *numbers[:3], "MMA", "A", "hazards", *numbers[3:], "bound by")
     lines = simple_table("", *columns, numbers=numbers)
     for kernel in kernels:
         lines.add_row(
@@ -66,11 +71,25 @@ def table(kernels: Sequence[Kernel]) -> str:
             f"{kernel.shared_bytes / 1024:.0f}",
             kernel.products,
             ("registers" if kernel.register_a else "shared") if kernel.products else "",
+            str(len(kernel.hazards) or ("serialised" if kernel.serialised else "")),
             str(kernel.shared_stores),
             str(kernel.load_bytes),
             kernel.bound,
         )
     return as_text(lines)
+
+
+def summary(kernels: Sequence[Kernel], compilers: str) -> list[str]:
+    """A line on hazards where there are kernels whose products run by themselves; ``compilers`` made them."""
+    found = [kernel for kernel in kernels if kernel.products == ASYNCHRONOUS]
+    if not found:
+        return []
+    in_registers, racing = sum(kernel.register_a for kernel in found), sum(bool(kernel.hazards) for kernel in found)
+    serialised = sum(kernel.serialised and not kernel.hazards for kernel in found)
+    return [
+        f"{compilers}: {len(found)} kernels with {ASYNCHRONOUS}, {in_registers} of them with A in registers; "
+        f"{racing} have hazards, {serialised} are serialised"
+    ]
 
 
 def draw(kernels: Sequence[Kernel], path: Path) -> None:

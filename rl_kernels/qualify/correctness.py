@@ -41,6 +41,7 @@ def trials_of(backend: Backend, case: Case) -> list[Trial]:
 def check(backend: Backend, trial: Trial, case: Case, device: torch.device) -> list[str]:
     """Hold one call against the float64 reference, and two runs against each other; what is wrong, in words.
 
+    What the backend says of its kernels' machine code comes first: a race need not show in a run.
     Where the backend's wgrads add to what is there, the same call is made so too.
     """
     call = make_call(trial.problem, case.op, case.dtype, device)
@@ -51,7 +52,7 @@ def check(backend: Backend, trial: Trial, case: Case, device: torch.device) -> l
     squares = _run_reference(_doubled(call, squared=True))
     spread = {name: value.sqrt() for name, value in squares.items()}
     into = _into(call) if backend.accumulates and call.wanted is not None else None
-    with trial.context(), poisoned(deterministic=False):
+    with trial.context(), poisoned(deterministic=False), backend.watched() as unsafe:
         found, again = (_named(run(*call.operands)) for _ in range(2))
         if into is not None:
             added, added_again = (_run_into(run, call, into) for _ in range(2))
@@ -66,6 +67,7 @@ def check(backend: Backend, trial: Trial, case: Case, device: torch.device) -> l
     tf32 = device.type == "cuda" and arithmetic(case.dtype, call.geometry is not None) == TF32
     rows = compare(found, plain, truth, spread, case.dtype, tf32=tf32)
     wrong = [str(row) for row in rows if not row.passes]
+    wrong = unsafe + wrong
     return wrong + [
         f"{name}: two runs differ in their bits"
         for name, value in found.items()

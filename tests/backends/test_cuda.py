@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from building import cuda as building
+from rl_kernels._extension import FOLDER_VARIABLE, Extension
 from rl_kernels.backends.case import Case
 from rl_kernels.backends.cuda import BACKEND, configs, extension, params
+from rl_kernels.backends.cuda.backend import code_for
 from rl_kernels.backends.gpu.heuristics import A100, ADA, H100, Device, Work, shared_bytes
 from rl_kernels.ops.schema import OPS
 from rl_kernels.ops.values import Call
@@ -127,10 +133,65 @@ def test_cases() -> None:
     assert BACKEND.why_not(Case("mixed_linear", "cuda", BF16)) == extension.EXTENSION.missing
 
 
-def test_a_record_is_bound_to_the_binary() -> None:
-    assert BACKEND.record is not None
-    module = extension.EXTENSION.module
-    assert [*BACKEND.record.files()] == ([] if module is None else [Path(module.__file__)])
+def test_a_record_is_bound_to_what_the_build_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one holds for another build of the same: of another Python, elsewhere, for more GPUs."""
+    store, hopper = BACKEND.record, torch.device("cuda", 0)
+    assert store is not None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def bound_to(name: str, made_of: str | None, architectures: str) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        Path(folder, "_cuda.so").write_text(name)
+        record = {"python": name, "architectures": architectures} | ({} if made_of is None else {"sources": made_of})
+        Path(folder, extension.RECORD).write_text(json.dumps(record))
+        built = SimpleNamespace(__file__=str(folder / "_cuda.so"), build_info=lambda: record | {"nvcc": "13.0.88"})
+        monkeypatch.setattr(extension, "EXTENSION", Extension(built, None))
+        monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
+        return store.here(hopper).sources
+
+    first = bound_to("first", "abc", "8.0 9.0+PTX")
+    assert bound_to("second", "abc", "8.0 8.6 9.0") == first
+    others = [bound_to("third", "abd", "8.0 9.0+PTX"), bound_to("fourth", "abc", "8.0"), bound_to("fifth", None, "9.0")]
+    assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "code"),
+    [
+        ((9, 0), "8.0 9.0+PTX", "sm_90"),
+        ((9, 0), "8.0 9.0 9.0a", "sm_90a"),
+        ((8, 9), "8.0 9.0+PTX", "sm_80"),
+        ((8, 9), "8.0 8.6 8.9", "sm_89"),
+        ((9, 0), "8.0+PTX", "compute_80"),
+        ((12, 0), "8.0+PTX 9.0+PTX 9.0a", "compute_90"),
+        ((10, 0), "9.0a+PTX 8.0", "none"),
+        ((10, 3), "10.0f", "none"),
+    ],
+)
+def test_code_for_a_gpu(capability: tuple[int, int], architectures: str, code: str) -> None:
+    assert code_for(capability, architectures) == code
+
+
+def test_what_a_build_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = [tmp_path / name for name in ("one", "two")]
+    for copy in copies:
+        shutil.copytree(building.SOURCES, copy)
+    hashes = []
+    for copy in copies:
+        monkeypatch.setattr(building, "SOURCES", copy)
+        hashes.append(building.made_of("13.0.88"))
+    assert hashes[0] == hashes[1] != building.made_of("13.3.33")
+    (copies[1] / "README.md").write_text("Said otherwise.")
+    assert building.made_of("13.0.88") == hashes[0]
+    monkeypatch.setattr(building, "FLAGS", [*building.FLAGS, "-O1"])
+    assert building.made_of("13.0.88") != hashes[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(building, "SOURCES", copies[1])
+    with (copies[1] / "mix.cuh").open("a") as file:
+        file.write("// Changed.")
+    assert building.made_of("13.0.88") != hashes[0]
 
 
 @pytest.mark.parametrize("op", OPS)

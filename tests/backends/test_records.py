@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -213,3 +215,32 @@ def test_nothing_is_read_at_import() -> None:
 def test_every_op_can_be_described() -> None:
     assert all("linear" in op or "conv" in op for op in OPS)
     assert records.SCHEMA == 1
+
+
+def test_gpus_of_two_kinds_have_a_record_each(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is current: a case is passed over where every GPU's record says so, a call where its own GPU's does."""
+    store, names = planted(), ("sm_80", "sm_90")
+    here = store.here(CPU)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(record_store, "architecture", lambda device: names[device.index or 0])
+    monkeypatch.setattr(RecordStore, "here", lambda self, device: here._replace(architecture=names[device.index or 0]))
+    gpus = Case(OP, "cuda", torch.float32)
+    assert store.worse(gpus) == NO_RECORD
+    for name, found in zip(names, (record(passed=False), record(point(64, 0.5))), strict=True):
+        stated = replace(found, **here._replace(architecture=name)._asdict())
+        (cache / record_store.file_name("planted", name)).write_text(stated.as_json())
+    record_store.forget()
+    assert store.worse(gpus) is None
+    weight = torch.empty(768, 768)
+    reasons = []
+    for index in range(2):
+        on_gpu = SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float32, shape=(64, 768))
+        on_gpu.numel = lambda: 64 * 768
+        call = Call(OP, cast(torch.Tensor, on_gpu), Recipe([weight], torch.empty(1)))
+        reasons.append(store.worse(gpus, call))
+    assert reasons[0] is not None and reasons[0].startswith("failed its qualification")
+    assert reasons[1] is None
+    (cache / record_store.file_name("planted", "sm_90")).unlink()
+    record_store.forget()
+    reason = store.worse(gpus)
+    assert reason is not None and reason.startswith("failed its qualification")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from rl_kernels.backends import triton
+from rl_kernels.backends.gpu.heuristics import use_config
 from rl_kernels.backends.triton.backend import MAX_SOURCES
-from rl_kernels.ops.values import Call
+from rl_kernels.backends.triton.configs import CONV_CONFIGS, RESIDENT_CONFIGS
+from rl_kernels.ops.values import Call, Geometry, Recipe
 
 ROOM = Path(triton.__file__).parent
-CHOOSING = {"configs.py", "heuristics.py", "convolution.py", "operands.py"}
+CHOOSING = {"assembler.py", "configs.py", "heuristics.py", "convolution.py", "operands.py"}
 """Files without a kernel that decide which one runs, and what it is compiled for."""
 
 
@@ -43,3 +48,27 @@ def test_more_sources_than_a_kernel_takes() -> None:
     for count, reason in ((MAX_SOURCES, None), (MAX_SOURCES + 1, "more than 8 sources")):
         call = Call.of("mixed_linear", (x, [weight] * count, torch.empty(count), None))
         assert triton.BACKEND.why_not_call(call) == reason
+
+
+@pytest.mark.parametrize("kernel", ["correlate_kernel", "resident_kernel"])
+def test_any_number_of_groups_is_launched(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a grid only the first dimension goes beyond 65535."""
+    pytest.importorskip("triton", reason="Triton has no package for this platform")
+    room = importlib.import_module("rl_kernels.backends.triton." + ("dense" if "corr" in kernel else "resident"))
+    grids = []
+
+    class Caught:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(room, kernel, Caught())
+    groups = 70_000
+    x, weight = torch.empty(1, 2 * groups, 16, 16, device="meta"), torch.empty(2 * groups, 2, 1, 3, device="meta")
+    x, weight = x.bfloat16(), weight.bfloat16()
+    recipe = Recipe([weight], torch.empty(1, device="meta"))
+    config = RESIDENT_CONFIGS[0] if kernel == "resident_kernel" else CONV_CONFIGS[-1]
+    with use_config(config):
+        triton.BACKEND.kernel("mixed_conv")(x, recipe, Geometry([1, 1], [0, 1], [1, 1], groups))
+    ((first, *others),) = grids
+    assert first >= groups and first % groups == 0 and max(others, default=1) <= 65535

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -78,3 +79,15 @@ def check_same_values(found: nn.Module, expected: nn.Module) -> None:
         torch.testing.assert_close(
             whole.detach(), truth.detach(), rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model that may be sharded."""
+    return {name: full(value).clone() for name, value in model.state_dict().items()}  # type: ignore[union-attr]
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Compute every block's activations anew in its backward."""
+    for block in model.blocks:
+        forward = block.forward
+        block.forward = lambda x, forward=forward: torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False)

@@ -23,23 +23,22 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import rl_kernels as rl
 from rl_kernels.distributed import shard
-from rl_kernels.nn import Coefficients
-from tests.conversion.common import relative_error
 from tests.conversion.toys import ResNet, ViT, encoder, sequential
 from tests.distributed.common import (
     backward_of_both,
     batches,
     check_same_gradients,
     check_same_values,
+    checkpoint_blocks,
     full,
     loss,
     mesh_of,
     replaced,
+    whole,
 )
 from tests.distributed.conftest import Ranks
 
 IMAGES = (2, 3, 8, 8)
-BF16 = torch.bfloat16
 EPS = 1e-3
 """Of Adam: by the default it would blow up rounding, which is all that some gradients are (of the keys' bias)."""
 
@@ -173,12 +172,6 @@ def test_gradients_are_accumulated_over_batches(ranks: Ranks) -> None:
     ranks.run(check_accumulation)
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
-    for block in model.blocks:
-        forward = block.forward
-        block.forward = lambda x, forward=forward: torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False)
-
-
 def check_checkpointed() -> None:
     model, plan = replaced(ViT())
     alone = copy.deepcopy(model)
@@ -215,72 +208,6 @@ def check_mixed_precision() -> None:
 
 def test_mixed_precision(ranks: Ranks) -> None:
     ranks.run(check_mixed_precision)
-
-
-# Coefficients beside half precision.
-
-
-def halved(make: Callable[[], nn.Module], early: bool, **options: Any) -> tuple[nn.Module, rl.Plan]:
-    """A replaced model in bfloat16, cast before or after ``replace``; its coefficients are float32."""
-    torch.manual_seed(0)
-    model = make()
-    model = model.to(BF16) if early else model
-    plan = rl.plan(model, **options)
-    model = rl.replace(model, plan).to(BF16)
-    assert {parameter.dtype for parameter in model.parameters()} == {BF16, torch.float32}
-    return model, plan
-
-
-def check_half(
-    make: Callable[[], nn.Module], early: bool, by_plan: bool, policy: Any, checkpointed: bool, **options: Any
-) -> None:
-    """Steps of training: gradients are those of one process; no hook is left behind."""
-    model, plan = halved(make, early, **options)
-    alone = copy.deepcopy(model)
-    if checkpointed:
-        checkpoint_blocks(model)
-    units = model.blocks if isinstance(model, ViT) else ()
-    shard(model, plan if by_plan else None, units=units, **({} if policy is None else {"mp_policy": policy}))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    with torch.no_grad():
-        model(batches(1, *IMAGES)[0][0].bfloat16())  # Evaluated first: what is gathered then is no harm.
-    for number, step in enumerate(batches(3, *IMAGES)):
-        xs = [x.bfloat16() for x in step]
-        loss(model, xs[dist.get_rank()]).backward()
-        if number == 0:  # Later on the rounding of weights decides.
-            backward_of_both(alone, xs)
-            for name, parameter in model.named_parameters():
-                found, truth = full(parameter.grad), alone.get_parameter(name).grad
-                assert found is not None and truth is not None and found.dtype == parameter.dtype == truth.dtype
-                assert relative_error(found, truth) < 2e-2 or truth.norm() < 1e-2, (name, found, truth)
-        optimizer.step()
-        optimizer.zero_grad()
-        for module in model.modules():
-            if isinstance(module, Coefficients):
-                (state,) = fully_shard.state(module)._fsdp_param_groups
-                assert not any(param._unsharded_param._backward_hooks for param in state.fsdp_params)
-    assert {name: value.dtype for name, value in whole(model).items()} == {
-        name: value.dtype for name, value in alone.state_dict().items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("make", "early", "by_plan", "policy", "options"),
-    [
-        (ViT, True, True, None, {}),
-        (ViT, False, False, None, {"every": 2}),
-        (ViT, True, False, MixedPrecisionPolicy(BF16, torch.float32), {"share": "layer", "constraint": "convex"}),
-        (ResNet, False, True, MixedPrecisionPolicy(reduce_dtype=torch.float32), {"every": 3, "granularity": "channel"}),
-    ],
-)
-def test_a_model_in_half_precision(
-    ranks: Ranks, make: Callable[[], nn.Module], early: bool, by_plan: bool, policy: Any, options: dict[str, Any]
-) -> None:
-    ranks.run(check_half, make, early, by_plan, policy, checkpointed=False, **options)
-
-
-def test_a_checkpointed_model_in_half_precision(ranks: Ranks) -> None:
-    ranks.run(check_half, ViT, True, True, None, checkpointed=True)
 
 
 # Checkpoints.
@@ -322,10 +249,6 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> No
     values, state = get_state_dict(model, optimizer)
     dcp.load({"model": values, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=values, optim_state_dict=state)
-
-
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    return {name: full(value).clone() for name, value in model.state_dict().items()}  # type: ignore[union-attr]
 
 
 def check_save_and_resume(folder: Path) -> None:

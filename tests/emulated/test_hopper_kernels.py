@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rl_kernels.backends import reference
 from rl_kernels.backends.gpu.heuristics import Config, use_config
-from rl_kernels.backends.triton import conv, linear, offline
+from rl_kernels.backends.triton import assembler, conv, linear, offline
 from rl_kernels.ops.values import Geometry, Wanted
 from tests.emulated.machine.launch import TensorMap
 from tests.emulated.machine.launch_triton import Launched, catching, run_triton
@@ -121,6 +121,14 @@ def test_triton_matmul_of_specialized_warps(seed: int, late: bool | None) -> Non
 
 # This package's kernels.
 
+of_sound_ptx = pytest.mark.xfail(
+    not assembler.has_sound_ptx(),
+    reason=f"Triton {triton.__version__} fences no copies from products that read them, and overtakes their registers",
+    raises=Fault,
+    strict=True,
+)
+"""What the machine code then is depends on ptxas, and is looked at when it is compiled."""
+
 
 def gradients_of(problem: Problem, dy: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The weight gradients of a linear layer, executed, and what is right."""
@@ -139,6 +147,7 @@ LAYERS = [
 ]
 
 
+@of_sound_ptx
 @pytest.mark.parametrize(("shape", "dtype", "per_channel", "config", "splits"), LAYERS)
 def test_linear(
     shape: tuple[int, int, int], dtype: torch.dtype, per_channel: bool, config: Config, splits: int
@@ -164,6 +173,7 @@ def test_linear(
     assert_close(*gradients)
 
 
+@of_sound_ptx
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_linear_wgrad_of_biases(dtype: torch.dtype) -> None:
     """The sums of dy have a kernel of their own: Triton 3.8 gives tiles that are summed as well a stage too few."""
@@ -172,6 +182,7 @@ def test_linear_wgrad_of_biases(dtype: torch.dtype) -> None:
         assert_close(*gradients_of(problem, torch.randn(160, 64).to(dtype)))
 
 
+@of_sound_ptx
 def test_conv() -> None:
     problem = Problem((64, 32, 3, 3), (2, 32, 6, 7), torch.bfloat16, False)
     layout = torch.channels_last

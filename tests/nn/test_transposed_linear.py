@@ -183,6 +183,6 @@ def test_targets_know_it_as_linear() -> None:
     assert [layer.class_name for layer in plan.replaced[0].layers] == ["Conv1d"]
 
 
-def test_a_subclass_with_a_forward_of_its_own_stays() -> None:
-    with pytest.raises(ValueError, match=r"\(0\.c_fc: .*Other has a forward of its own\)"):
-        rl.plan(nn.Sequential(*(Mlp(Other) for _ in range(5))))
+def test_a_subclass_with_a_forward_of_its_own_runs_that() -> None:
+    plan = rl.plan(nn.Sequential(*(Mlp(Other) for _ in range(5))))
+    assert {layer.kind for layer in plan.replaced[0].layers} == {"ReplacementByForward"}

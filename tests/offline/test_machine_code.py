@@ -10,8 +10,8 @@ from rl_kernels._supported import release
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from rl_kernels.backends.triton import offline
-from rl_kernels.backends.triton.configs import FLOAT32_CONFIGS
+from rl_kernels.backends.triton import assembler, offline
+from rl_kernels.backends.triton.configs import CONV_CONFIGS, FLOAT32_CONFIGS, PRODUCT_CONFIGS
 from rl_kernels.ops.schema import OPS
 
 SHARED_STORES = {"sm_80": 8, "sm_90": 16, "sm_100": 16}
@@ -20,6 +20,8 @@ RESIDENT_STORES = 16
 """The same where a filter stays on chip: in a loop over pixels, for all of its taps."""
 OLD_TRITON_SPILLS = 16
 """Bytes, of two configurations for sm_100, by Triton before 3.8; none may elsewhere."""
+SPILLED = 24
+"""Bytes, at most, of linear dgrad's largest tile for Hopper: ptxas 13.3 spills, 12.9 lets race."""
 PRODUCTS = ("product_kernel", "correlate_kernel", "resident_kernel", "wgrad_kernel")
 MATRIX_INSTRUCTION = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCHMMA", "HMMA")}
 
@@ -41,8 +43,17 @@ def test_machine_code(kind: str, arch: str) -> None:
     found = {kernel.name for kernel in kernels}
     assert found == NAMES[kind] | {"reduce_wgrad_kernel", "finish_coefficients_kernel"}
     old = release(importlib.import_module("triton").__version__) < (3, 8)
+    products = PRODUCT_CONFIGS if kind == "linear" else CONV_CONFIGS
+    refused = {"x".join(map(str, config)) for config in {*products} - {*assembler.without_racing(products)}}
+    if arch == "sm_90":
+        assert sum(kernel.register_a and kernel.products == "HGMMA" for kernel in kernels) > 10
     for kernel in kernels:
-        assert kernel.spilled_bytes <= (OLD_TRITON_SPILLS if old and arch == "sm_100" else 0), kernel
+        # A configuration that is not chosen, as there is no ptxas that is free of the defect, may race.
+        if "wgrad" in kernel.variant or kernel.config not in refused:
+            assert kernel.hazards == (), kernel
+        of_two_tiles = arch == "sm_90" and kernel.config == "128x256x64x8x3" and "dgrad" in kernel.variant
+        of_old = OLD_TRITON_SPILLS if old and arch == "sm_100" else 0
+        assert kernel.spilled_bytes <= (SPILLED if of_two_tiles else of_old), kernel
         assert kernel.shared_bytes <= offline.DEVICES[arch].shared_bytes, kernel
         if kernel.name in PRODUCTS and kernel.config not in float32:
             assert kernel.products in MATRIX_INSTRUCTION[arch], kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -28,9 +29,33 @@ LEAST_CHANNELS = 16
 
 
 def _files() -> list[Path]:
-    """What a record of these kernels is bound to: the extension."""
+    """What a record of these kernels is bound to where the build says nothing of itself: the extension."""
     module = extension.EXTENSION.module
     return [] if module is None else [Path(module.__file__)]
+
+
+def _build(device: torch.device) -> str:
+    """What made the code that a device runs: the sources, the flags, nvcc, and the architecture it was made for."""
+    made_of = extension.sources()
+    if not made_of or device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    return f"{made_of} {code_for(torch.cuda.get_device_capability(device), extension.build_info()['architectures'])}"
+
+
+def code_for(capability: tuple[int, int], architectures: str) -> str:
+    """Which of ``"8.0 9.0a 9.0+PTX"`` a GPU runs: the latest code of its generation, else the latest PTX."""
+    codes, texts = [], []
+    for each in architectures.split():
+        major, minor, only = re.fullmatch(r"(\d+)\.(\d)([af]?)(?:\+PTX)?", each).groups()  # type: ignore[union-attr]
+        number = int(major), int(minor)
+        if number == capability or (not only and number[0] == capability[0] and number <= capability):
+            codes.append((number, only))
+        if each.endswith("+PTX") and not only and number <= capability:
+            texts.append(number)
+    if codes:
+        (major, minor), only = max(codes)
+        return f"sm_{major}{minor}{only}"
+    return "compute_{}{}".format(*max(texts)) if texts else "none"
 
 
 def _compiler() -> str:
@@ -63,7 +88,7 @@ class Cuda(Backend):
     summary = "CUDA C++: the fragments of the sources are mixed in registers for mma.sync"
     kernels = kernels_in(linear="rl_kernels.backends.cuda.linear", conv="rl_kernels.backends.cuda.conv")
     accumulates = True
-    record = RecordStore("cuda", needed=True, files=_files, compiler=_compiler)
+    record = RecordStore("cuda", needed=True, files=_files, compiler=_compiler, build=_build)
 
     def why_not(self, case: Case) -> str | None:
         """The device, the dtype, or that there is no extension."""
@@ -116,7 +141,7 @@ class Cuda(Backend):
         yield "", contextlib.nullcontext
         wgrad = op.endswith("wgrad")
         work = heuristics.Work(1, 1, 1, (1 if wgrad else 2) * dtype.itemsize, dtype.itemsize, 0, 1.0)
-        device = heuristics.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = heuristics.device_of(heuristics.current_device())
         for config in configs.WGRADS if wgrad else configs.PRODUCTS:
             for stages in configs.STAGES:
                 each = config._replace(depth=configs.STEP_BYTES // dtype.itemsize, stages=stages)

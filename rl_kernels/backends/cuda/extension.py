@@ -7,6 +7,7 @@ it is loaded where it was built for this version of the package.
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,14 @@ EXTENSION = _extension.load(_extension.folder(), NAME, RECORD, fits=("rl_kernels
 def build_info() -> dict[str, Any]:
     """``architectures`` as ``"8.0 9.0+PTX"``, the versions ``nvcc`` and ``runtime``; empty without the extension."""
     return {} if EXTENSION.module is None else dict(EXTENSION.module.build_info())
+
+
+def sources() -> str:
+    """What the build was made of, by ``building/cuda.py``; empty without the extension, or an older one."""
+    if EXTENSION.module is None:
+        return ""
+    record: dict[str, str] = json.loads((_extension.folder() / RECORD).read_text())
+    return record.get("sources", "")
 
 
 def is_older_than_its_sources() -> bool:

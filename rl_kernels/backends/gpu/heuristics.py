@@ -244,6 +244,11 @@ def candidates(work: Work, configs: tuple[Config, ...], device: Device) -> list[
     return [(config, splits) for _, config, splits in sorted(found, key=lambda entry: entry[0])]
 
 
+def current_device() -> torch.device:
+    """The GPU that is current, by its number, as there may be others of another kind; the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @functools.lru_cache(maxsize=64)
 def device_of(device: torch.device) -> Device:
     """What is known of a device; an H100's figures where nothing runs on a GPU (Triton's interpreter)."""

@@ -7,6 +7,7 @@
 * ``mix.py``: the recipe, a tile at a time; ``pixels.py``: where a convolution's pixels and taps lie.
 * ``epilogue.py``: what a tile of dL/dW becomes: every source's gradient, and a share of the coefficients'.
 * ``configs.py``: the tiles to choose from, and when a filter stays on chip.
+* ``assembler.py``: which ptxas they are assembled by for Hopper, and what is refused where none is free of a defect.
 * ``offline.py``: compiles the kernels for a GPU that is not there, and reads their machine code.
 """
 

@@ -10,6 +10,7 @@ import os
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ OLDEST = (3, 6)
 """The first Triton that passes tuples of tensors to kernels as these use them."""
 
 KERNEL_FILES = (
-    *("linear.py", "conv.py", "dense.py", "depthwise.py", "resident.py"),
+    *("assembler.py", "linear.py", "conv.py", "dense.py", "depthwise.py", "resident.py"),
     *("tile.py", "mix.py", "pixels.py", "epilogue.py", "configs.py"),
     *("../gpu/heuristics.py", "../gpu/convolution.py", "../gpu/operands.py"),
 )
@@ -60,6 +61,11 @@ def _missing() -> str | None:
 
 def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _assembler() -> Any:
+    """The module that imports Triton's compiler."""
+    return importlib.import_module("rl_kernels.backends.triton.assembler")
 
 
 class Triton(Backend):
@@ -95,6 +101,13 @@ class Triton(Backend):
         """Triton's interpreter is for tests."""
         return "interpreted (TRITON_INTERPRET=1)" if _is_interpreted() else None
 
+    def watched(self) -> contextlib.AbstractContextManager[list[str]]:
+        """Hazards in what was compiled for Hopper."""
+        if _is_interpreted():
+            return super().watched()
+        watching: contextlib.AbstractContextManager[list[str]] = _assembler().watching()
+        return watching
+
     def exceptions(self, case: Case) -> str | None:
         """The number of sources."""
         return f"not more than {MAX_SOURCES} sources"
@@ -105,8 +118,10 @@ class Triton(Backend):
         wgrad, size = op.endswith("wgrad"), dtype.itemsize
         row, scratch = (size, 0) if wgrad else (2 * size, size)
         work = heuristics.Work(1, 1, 1, row, size, scratch, 1.0)
-        device = heuristics.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = heuristics.device_of(heuristics.current_device())
         usual = configs.configs_of(op) + (configs.RESIDENT_CONFIGS if "conv" in op and not wgrad else ())
+        if not wgrad and torch.cuda.is_available():
+            usual = _assembler().sound_configs(usual, heuristics.current_device())
         for config in configs.usable(usual, arithmetic(dtype, "conv" in op)):
             if heuristics.shared_bytes(work, config) <= device.shared_bytes:
                 for splits in (1, 3):

@@ -17,6 +17,7 @@ from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.convolution import Correlation, channels_innermost, images_at_a_time
 from rl_kernels.backends.gpu.heuristics import Work, cdiv, choose
 from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe, arithmetic, is_far, strides_of
+from rl_kernels.backends.triton.assembler import assembled, sound_configs
 from rl_kernels.backends.triton.configs import CONV_CONFIGS, CONV_WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile
 from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
@@ -32,6 +33,7 @@ from rl_kernels.backends.triton.pixels import (
 from rl_kernels.backends.triton.tile import GROUP, dot, is_widened, reduce_product, tile_of, wgrad_tile
 
 
+@assembled
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def correlate_kernel(
     out,
@@ -78,8 +80,9 @@ def correlate_kernel(
     ``steps`` of the sum's blocks, of which there are ``all_steps``, to an output of its own, ``split_stride`` apart.
     """
     # Which tile, and which part of the sum.
-    group, split = tl.program_id(1), tl.program_id(2)
-    row, column = tile_of(tl.program_id(0), tl.cdiv(features, BLOCK_FEATURES), tl.cdiv(pixels, BLOCK_PIXELS), GROUP)
+    feature_tiles, pixel_tiles = tl.cdiv(features, BLOCK_FEATURES), tl.cdiv(pixels, BLOCK_PIXELS)
+    group, split = tl.program_id(0) // (feature_tiles * pixel_tiles), tl.program_id(1)
+    row, column = tile_of(tl.program_id(0) % (feature_tiles * pixel_tiles), feature_tiles, pixel_tiles, GROUP)
     first_feature = row * BLOCK_FEATURES
     f, c = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_CHANNELS)
     p = column * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
@@ -160,6 +163,7 @@ def correlate_kernel(
     tl.store(out + out_offsets, total.to(out.dtype.element_ty), mask=in_features[:, None] & (p < pixels)[None, :])
 
 
+@assembled
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def wgrad_kernel(
     gradients,
@@ -271,11 +275,13 @@ def correlate(
 ) -> None:
     """``conv.correlate`` for any number of channels; ``work`` says what it is."""
     numbers = arithmetic(activation.dtype, convolution=True)
-    config, splits, steps = choose(work, usable(CONV_CONFIGS, numbers), heuristics.device_of(activation.device))
+    usual = sound_configs(CONV_CONFIGS, activation.device)
+    config, splits, steps = choose(work, usable(usual, numbers), heuristics.device_of(activation.device))
     target = out if splits == 1 else out.new_empty((splits, out.numel()), dtype=torch.float32)
     tiles = cdiv(work.rows, config.rows) * cdiv(work.columns, config.columns)
     bias_sources, bias_strides = recipe.vectors()
-    correlate_kernel[(tiles, groups, splits)](
+    # Groups in the first dimension of the grid: the others end at 65535.
+    correlate_kernel[(tiles * groups, splits)](
         target,
         activation,
         recipe.weights,

@@ -22,6 +22,7 @@ from rl_kernels.backends.gpu.operands import (
     is_wide,
     on_device,
 )
+from rl_kernels.backends.triton.assembler import assembled, sound_configs
 from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile
 from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
@@ -35,6 +36,7 @@ MAX_SUM_SPLITS = 32
 """Parts of that sum, over tokens."""
 
 
+@assembled
 @triton.jit
 def product_kernel(
     out,
@@ -135,6 +137,7 @@ def product_kernel(
     tl.store(out + out_offsets, total.to(out.dtype.element_ty), mask=in_features[:, None] & in_tokens[None, :])
 
 
+@assembled
 @triton.jit
 def wgrad_kernel(
     gradients,
@@ -294,7 +297,8 @@ def multiply(
         scratch_bytes=activation.element_size(),
         slowness=numbers.slowness,
     )
-    config, splits, steps = choose(work, usable(PRODUCT_CONFIGS, numbers), device_of(activation.device))
+    usual = sound_configs(PRODUCT_CONFIGS, activation.device)
+    config, splits, steps = choose(work, usable(usual, numbers), device_of(activation.device))
     grid = (cdiv(features, config.rows) * cdiv(tokens, config.columns), splits)
     target = out if splits == 1 else out.new_empty((splits, tokens, features), dtype=torch.float32)
     bias_sources, bias_strides = recipe.vectors()

@@ -9,11 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,15 +20,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rl_kernels.backends.gpu import heuristics
+from rl_kernels.backends.gpu import hazards, heuristics
+from rl_kernels.backends.gpu.disassembler import as_file, disassemble, find_tool, run_tool
 from rl_kernels.backends.gpu.heuristics import Config, Work, use_config
-from rl_kernels.backends.triton import configs
+from rl_kernels.backends.triton import assembler, configs
 from rl_kernels.backends.triton.backend import BACKEND
 from rl_kernels.ops.schema import OPS
 from rl_kernels.ops.values import Call, Geometry, Recipe, Wanted
 
 DEVICES = {"sm_80": heuristics.A100, "sm_90": heuristics.H100, "sm_100": heuristics.H100}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b"
 SIZE, CHANNELS, BATCH, IMAGE = 4096, 256, 4, 32
 """Sizes of the layers that are compiled for: as divisible as large ones, which is what Triton specialises on."""
@@ -53,6 +50,8 @@ class Kernel:
         register_a: whether that instruction takes its first operand, the mixed weight, from registers.
         shared_stores: instructions in the main loop that write to shared memory.
         load_bytes: of the main loop's narrowest asynchronous copy; of its narrowest load where it copies nothing so.
+        hazards: the writes to registers that a product in flight still reads, in words.
+        serialised: whether each product in flight is waited for before anything else is done.
         cycles: that a step of the main loop takes of each thing that may bind it, by ``heuristics.limits``; empty for
             kernels that do not multiply matrices.
     """
@@ -68,6 +67,8 @@ class Kernel:
     register_a: bool
     shared_stores: int
     load_bytes: int
+    hazards: tuple[str, ...]
+    serialised: bool
     cycles: dict[str, float]
 
     @property
@@ -113,7 +114,8 @@ def compiling_only(arch: str) -> Iterator[list[tuple[str, Any]]]:
     driver.set_active(_Absent(arch))
     JITFunction.run = compile_instead
     try:
-        yield found
+        with assembler.compiling_unchecked():
+            yield found
     finally:
         JITFunction.run = launch
         driver._active = active
@@ -149,6 +151,12 @@ def kernels(arch: str, ops: Collection[str] | None = None) -> Iterator[Kernel]:
         for name, kernel in found:
             seen = look(kernel, name, variant.name, config, arch)
             yield replace(seen, cycles=cycles) if seen.products else seen
+
+
+def compilers() -> str:
+    """Triton, and the ptxas that assembles for Hopper."""
+    ptxas = ".".join(map(str, assembler.version_of(assembler.assembler())))
+    return f"triton {triton.__version__}, ptxas {ptxas}"
 
 
 @contextlib.contextmanager
@@ -282,12 +290,14 @@ class _Layer:
 
 def look(compiled: Any, name: str, variant: str, config: str, arch: str) -> Kernel:
     """Read a compiled kernel's machine code."""
-    usage, code = _disassembled(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    usage, code = _resource_usage(cubin), disassemble(cubin)
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert resources, f"cuobjdump: no resource usage in {usage!r}"
     loop = main_loop(code)
     products = re.search(MATRIX_INSTRUCTION, loop)
     first = re.search(r"\bHGMMA\S*\s+\w+,\s*(\S+?),", loop)
+    findings = next(each for each in hazards.check(code) if each.kernel == compiled.metadata.name)
     loads = re.findall(r"\bLDGSTS(\S*)", loop) or re.findall(r"\bLDG(\.\S*)", loop)
     return Kernel(
         name=name,
@@ -301,17 +311,16 @@ def look(compiled: Any, name: str, variant: str, config: str, arch: str) -> Kern
         register_a=products is not None and "UTC" not in products[0] and (not first or first[1].startswith("R")),
         shared_stores=len(re.findall(r"\bSTS\b", loop)),
         load_bytes=min(map(_load_bytes, loads), default=0),
+        hazards=tuple(map(str, findings.hazards)),
+        serialised=findings.serialised,
         cycles={},
     )
 
 
 @functools.cache
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """The resources that a compiled kernel uses, and its machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", "-c", file.name)
+def _resource_usage(cubin: bytes) -> str:
+    with as_file(cubin) as path:
+        return run_tool(find_tool("cuobjdump"), "-res-usage", path)
 
 
 def _load_bytes(modifiers: str) -> int:
@@ -331,7 +340,3 @@ def main_loop(code: str) -> str:
             if re.search(MATRIX_INSTRUCTION, body):
                 loops.append(body)
     return min(loops, key=len, default=code)
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout

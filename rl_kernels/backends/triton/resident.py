@@ -12,6 +12,7 @@ from torch import Tensor
 from rl_kernels.backends.gpu.convolution import Correlation
 from rl_kernels.backends.gpu.heuristics import Config
 from rl_kernels.backends.gpu.operands import StridedRecipe, is_far, strides_of
+from rl_kernels.backends.triton.assembler import assembled
 from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
 from rl_kernels.backends.triton.pixels import (
     UNSPECIALISED,
@@ -24,13 +25,15 @@ from rl_kernels.backends.triton.pixels import (
 from rl_kernels.backends.triton.tile import dot, is_widened
 
 
-@triton.jit(do_not_specialize=[name for name in UNSPECIALISED if name != "taps"])
+@assembled
+@triton.jit(do_not_specialize=["programs", *(name for name in UNSPECIALISED if name != "taps")])
 def resident_kernel(
     out,
     activation,
     weights,
     coefficients,
     biases,
+    programs,
     pixels,
     features,
     channels,
@@ -62,9 +65,9 @@ def resident_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What ``correlate_kernel`` computes, for features and channels of one block each."""
+    """What ``correlate_kernel`` computes, for features and channels of one block each, by ``programs`` a group."""
     # Where the group's operands lie.
-    group = tl.program_id(1)
+    group, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     f, c = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_CHANNELS)
     if WIDE:
         f, c = f.to(tl.int64), c.to(tl.int64)
@@ -106,7 +109,7 @@ def resident_kernel(
     # The pixels, a tile at a time.
     activation += first_channel * strides[1]
     out += first_feature * out_strides[1]
-    for column in tl.range(tl.program_id(0), tl.cdiv(pixels, BLOCK_PIXELS), tl.num_programs(0), num_stages=STAGES):
+    for column in tl.range(program, tl.cdiv(pixels, BLOCK_PIXELS), programs, num_stages=STAGES):
         p = column * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         if WIDE:
             p = tl.cast(column, tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
@@ -147,12 +150,14 @@ def correlate(
     features, channels = out.shape[1] // groups, activation.shape[1] // groups
     bias_sources, bias_strides = recipe.vectors()
     sizes, out_sizes, taps, *steps = correlation
-    resident_kernel[(programs, groups)](
+    # Groups in the first dimension of the grid: the others end at 65535.
+    resident_kernel[(programs * groups,)](
         out,
         activation,
         recipe.weights,
         recipe.coefficients,
         bias_sources,
+        programs,
         out.numel() // out.shape[1],
         features,
         channels,
