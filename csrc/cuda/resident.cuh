@@ -170,6 +170,7 @@ template <class T, class Tile, bool TRANSPOSED, class Kind> class ResidentKernel
 public:
   using Params = Product;
   static constexpr int MAX_THREADS = Tile::THREADS;
+  static constexpr int BLOCKS = 512 / Tile::THREADS; // as resident.py counts them
   static constexpr LaunchFacts FACTS = {
       .threads = Tile::THREADS,
       .rows = Tile::ROWS,

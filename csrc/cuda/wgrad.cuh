@@ -417,6 +417,7 @@ template <class T, class Tile, class Addressing> class WgradReductionKernel {
 public:
   using Params = Wgrad;
   static constexpr int MAX_THREADS = Tile::THREADS;
+  static constexpr int BLOCKS = 2;
   static constexpr LaunchFacts FACTS = {
       .threads = Tile::THREADS, .rows = Tile::ROWS, .columns = Tile::COLUMNS, .kept_bytes = Finishing::KEPT_BYTES};
 

@@ -94,21 +94,22 @@ STEP_BYTES = KERNELS["linear_forward_pair_64x64_bf16"].depth_bytes
 """Bytes of a row along the sum, that a stage of the pipelines holds."""
 
 
-def _config(kernel: str) -> Config:
+def _config(kernel: str, resident: int) -> Config:
     facts = KERNELS[kernel]
-    return Config(facts.rows, facts.columns, STEP_BYTES // 2, facts.threads // 32, STAGES[0])
+    return Config(facts.rows, facts.columns, STEP_BYTES // 2, facts.threads // 32, STAGES[0], resident)
 
 
 PRODUCTS = (
-    _config("linear_forward_pair_128x256_bf16"),  # the activation's tile is read once for 128 rows
-    _config("linear_forward_pair_128x128_bf16"),  # two blocks fit a multiprocessor and hide each other's epilogue
-    _config("linear_forward_pair_64x64_bf16"),  # few rows or tokens
+    _config("linear_forward_pair_128x256_bf16", 1),  # the activation's tile is read once for 128 rows
+    _config("linear_forward_pair_128x128_bf16", 2),  # two blocks fit a multiprocessor and hide each other's epilogue
+    _config("linear_forward_pair_64x64_bf16", 4),  # few rows or tokens
 )
-"""Rows are features, columns are tokens or pixels; the depth is that of 16-bit types."""
+"""Rows are features, columns are tokens or pixels; the depth is that of 16-bit types. The last number is of blocks that
+a multiprocessor's registers suffice for: tests/emulated/test_budgets.py."""
 
 WGRADS = (
-    _config("linear_wgrad_128x128_bf16"),
-    _config("linear_wgrad_64x64_bf16"),
+    _config("linear_wgrad_128x128_bf16", 2),
+    _config("linear_wgrad_64x64_bf16", 4),
 )
 """Rows are output channels, columns are input channels of every tap, the depth is tokens or pixels."""
 

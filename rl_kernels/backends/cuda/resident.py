@@ -17,8 +17,8 @@ ROWS = tuple(sorted({facts.rows for name, facts in KERNELS.items() if name.start
 MAX_TAPS = 9
 TILES_A_BLOCK = 2
 """At least, for a filter that is mixed once to pay."""
-BLOCKS_AT_ONCE = 8
-"""How many blocks are on a multiprocessor, at most."""
+THREADS_AT_ONCE = 512
+"""That a multiprocessor's registers suffice for (``BLOCKS`` of the kernels)."""
 
 
 class Plan(NamedTuple):
@@ -42,7 +42,7 @@ def _plan(facts: Facts, steps: int, pixels: int, groups: int, device: Device) ->
     """With as many stages as leave the device full."""
     tiles = pixels // facts.columns
     for stages in configs.STAGES:
-        at_once = min(device.shared_bytes // _shared_bytes(facts, steps, stages), BLOCKS_AT_ONCE)
+        at_once = min(device.shared_bytes // _shared_bytes(facts, steps, stages), THREADS_AT_ONCE // facts.threads)
         blocks = min(cdiv(device.multiprocessors * at_once, groups), tiles // TILES_A_BLOCK)
         if blocks * groups >= device.multiprocessors:
             return Plan(blocks, stages)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from rl_kernels.backends.cuda.configs import KERNELS
 from rl_kernels.backends.cuda.product import Product
 from rl_kernels.backends.gpu import heuristics
-from rl_kernels.backends.gpu.heuristics import WORKSPACE_BYTES, Device, cdiv, device_of
+from rl_kernels.backends.gpu.heuristics import WORKSPACE_BYTES, cdiv, device_of
 
 TOKENS = tuple(sorted({facts.columns for name, facts in KERNELS.items() if name.startswith("skinny_")}))
 """Numbers of tokens that there are kernels for."""
-BLOCKS_AT_ONCE = 2
-"""How many blocks are on a multiprocessor."""
+BLOCKS_AT_ONCE = {"pair_8": 2}
+"""How many blocks of a kernel are on a multiprocessor, by their registers; 1 of the others."""
 
 
 def serves(product: Product) -> bool:
@@ -24,8 +24,10 @@ def multiply(product: Product, splits: int | None = None) -> None:
     kernel = f"skinny_{product.kind}_{tokens}_{product.element}"
     facts = KERNELS[kernel]
     blocks = cdiv(product.features, facts.rows)
+    at_once = BLOCKS_AT_ONCE.get(f"{product.kind.split('_')[1]}_{tokens}", 1)
     turns = max(1, cdiv(product.channels, facts.depth_bytes // product.activation.element_size()))
-    most = splits or _splits(blocks, turns, 4 * product.out.numel(), device_of(product.activation.device))
+    device = device_of(product.activation.device)
+    most = splits or _splits(blocks, turns, 4 * product.out.numel(), at_once * device.multiprocessors)
     steps = cdiv(turns, most)
     splits = splits or cdiv(turns, steps)
     shares = product.shares(splits)
@@ -35,7 +37,6 @@ def multiply(product: Product, splits: int | None = None) -> None:
         product.reduce(params, shares)
 
 
-def _splits(blocks: int, turns: int, share_bytes: int, device: Device) -> int:
+def _splits(blocks: int, turns: int, share_bytes: int, wave: int) -> int:
     """As many as make one full wave of blocks, if there is so much to sum."""
-    wave = BLOCKS_AT_ONCE * device.multiprocessors
     return max(1, min(wave // blocks, turns, WORKSPACE_BYTES // max(1, share_bytes)))
