@@ -20,6 +20,7 @@ from tests.emulated import backend
 from tests.emulated.compilers import compiled_files
 from tests.emulated.machine.machine import Warp
 from tests.emulated.problems import BF16, call_of, execute
+from tests.emulated.resources import resources, table
 
 PRODUCT, WGRAD = configs.PRODUCTS[0], configs.WGRADS[0]
 SHORT, LONG = 128, 192
@@ -54,14 +55,18 @@ def conv_wgrad(depth: int) -> Problem:
 
 
 LIMITS = {
-    "linear_forward_pair": (linear, "mixed_linear", PRODUCT, 2, 379),
-    "linear_dgrad_pair": (linear_dgrad, "mixed_linear_dgrad", PRODUCT, 2, 392),
-    "linear_wgrad": (linear_wgrad, "mixed_linear_wgrad", WGRAD, 2, 270),
-    "conv_forward_pair": (conv, "mixed_conv", PRODUCT, 16, 482),
-    "conv_dgrad_pair": (conv_dgrad, "mixed_conv_dgrad", PRODUCT, 16, 496),
-    "conv_wgrad": (conv_wgrad, "mixed_conv_wgrad", WGRAD, 2, 400),
+    "linear_forward_pair": (linear, "mixed_linear", PRODUCT, 2, 284),  # once 666, 82 of them mov
+    "linear_dgrad_pair": (linear_dgrad, "mixed_linear_dgrad", PRODUCT, 2, 289),  # 642, 81
+    "linear_wgrad": (linear_wgrad, "mixed_linear_wgrad", WGRAD, 2, 86),  # 270, 11
+    "conv_forward_pair": (conv, "mixed_conv", PRODUCT, 16, 363),  # 1094, 116
+    "conv_dgrad_pair": (conv_dgrad, "mixed_conv_dgrad", PRODUCT, 16, 364),  # 1052, 115
+    "conv_wgrad": (conv_wgrad, "mixed_conv_wgrad", WGRAD, 2, 245),  # 397, 25
 }
-"""Of each kernel: problems, the op, the configuration, how many steps there are between the problems, the limit."""
+"""Of each kernel: problems, the op, the configuration, how many steps there are between the problems, the limit.
+
+What they once were is with addresses computed anew for each copy. 64 `mov` of the first two and the convolutions' were
+casts from an integer to a float register, which ptxas drops: they are no longer in the PTX, and that is no gain.
+"""
 
 
 def ptx_of(name: str, *_: object) -> str:
@@ -111,3 +116,15 @@ def test_instructions_of_a_step(kernel: str, monkeypatch: pytest.MonkeyPatch) ->
     listed = ", ".join(f"{name} {count:.1f}" for name, count in sorted(each.items(), key=lambda one: -one[1]))
     print(f"{kernel}: {total:.1f}: {listed}")
     assert total <= limit, listed
+
+
+@pytest.mark.parametrize("kernel", LIMITS)
+def test_registers(kernel: str) -> None:
+    """As many blocks on a multiprocessor as the table says, and nothing spilled; ptxas's versions differ by a few."""
+    config = LIMITS[kernel][2]
+    name = f"{kernel}_{config.rows}x{config.columns}_bf16"
+    expected = table()[name]
+    found = resources(ptx_of(name))[name]
+    assert found.spilled == expected.spilled == 0
+    assert found.blocks == expected.blocks == config.resident
+    assert found.registers <= expected.registers + 8
