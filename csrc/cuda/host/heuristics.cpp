@@ -41,6 +41,14 @@ double limit(const Work &work, const Configuration &c, const Rates &rates) {
   return std::max({matrix, c.depth * loaded / rates.load_bytes, c.depth * (loaded + read) / SHARED_BYTES});
 }
 
+// Blocks that a multiprocessor's registers suffice for; a tile of either kind has one number.
+int resident_of(const Configuration &c) {
+  for (const auto &[rows, columns, resident] : PRODUCTS)
+    if (c.rows == rows && c.columns == columns)
+      return resident;
+  return 1;
+}
+
 // With no more depth than there is to sum.
 Configuration shortened(Configuration c, const Work &work) {
   const auto power = int64_t(std::bit_ceil(uint64_t(std::max<int64_t>(1, work.depth))));
@@ -77,7 +85,7 @@ double estimate(const Work &work, const Configuration &c, int splits, const Devi
   const Rates rates = rates_of(device);
   const int64_t tiles = work.repeats * cdiv(work.rows, c.rows) * cdiv(work.columns, c.columns);
   const int64_t resident =
-      std::max<int64_t>(1, std::min<int64_t>(4, space / std::max<int64_t>(1, shared_bytes(work, c))));
+      std::max<int64_t>(1, std::min<int64_t>(resident_of(c), space / std::max<int64_t>(1, shared_bytes(work, c))));
   const int64_t waves = cdiv(tiles * splits, device.multiprocessors * resident);
   // Blocks that share a multiprocessor take turns on what binds them, and hide each other's start.
   double time = double(waves) * (double(resident * steps_of(work, c, splits)) * limit(work, c, rates) + START);

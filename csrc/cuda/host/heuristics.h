@@ -14,13 +14,14 @@ constexpr int STAGES[] = {4, 3, 2};           // of the pipelines; the first tha
 
 constexpr int64_t cdiv(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
 
+// Of a tile, and how many blocks of it a multiprocessor's registers suffice for.
 struct Size {
-  int rows, columns;
+  int rows, columns, resident;
 };
-// Of tiles: rows are features, columns are tokens or pixels.
-constexpr Size PRODUCTS[] = {{128, 256}, {128, 128}, {64, 64}};
+// Rows are features, columns are tokens or pixels.
+constexpr Size PRODUCTS[] = {{128, 256, 1}, {128, 128, 2}, {64, 64, 4}};
 // Rows are output channels, columns are input channels of every tap.
-constexpr Size WGRADS[] = {{128, 128}, {64, 64}};
+constexpr Size WGRADS[] = {{128, 128, 2}, {64, 64, 4}};
 
 // Each at the depth of a type, with as many stages as fit into `space` bytes of shared memory.
 std::vector<Configuration> usable(bool wgrad, const Work &work, int space);

@@ -11,17 +11,16 @@ namespace {
 
 constexpr int64_t MAX_REDUCTION_BLOCKS = 1 << 16; // its threads go on where there is more
 constexpr int SKINNY_TOKENS[] = {8, 16};          // numbers of tokens that there are kernels for
-constexpr int SKINNY_BLOCKS_AT_ONCE = 2;          // on a multiprocessor
 constexpr int RESIDENT_ROWS[] = {16, 32, 64};     // numbers of features that there are kernels for
 constexpr int RESIDENT_TAPS = 9;                  // at most
-constexpr int RESIDENT_BLOCKS_AT_ONCE = 8;        // on a multiprocessor, at most
+constexpr int RESIDENT_THREADS_AT_ONCE = 512;     // that a multiprocessor's registers suffice for
 constexpr int TILES_A_BLOCK = 2;                  // at least, for a filter that is mixed once to pay
+
+bool is_pair(const Call &call) { return call.sources == 2 && call.coefficients.dims == 1; }
 
 // "forward_pair", say: the direction, and which recipes a kernel is for.
 void write_kind(Name &name, const Multiplication &product) {
-  const Call &call = product.call;
-  const bool pair = call.sources == 2 && call.coefficients.dims == 1;
-  name << (product.transposed ? "dgrad" : "forward") << (pair ? "_pair_" : "_general_");
+  name << (product.transposed ? "dgrad" : "forward") << (is_pair(product.call) ? "_pair_" : "_general_");
 }
 
 struct Cut {
@@ -125,7 +124,9 @@ void multiply_skinny(const Multiplication &product, Plan &plan) {
   const int64_t turns = std::max<int64_t>(1, cdiv(product.channels(), facts.depth_bytes / product.activation.bytes));
   int64_t splits = call.held.skinny_splits;
   if (splits == 0) { // as many as make one full wave of blocks, if there is so much to sum
-    const int64_t wave = int64_t(SKINNY_BLOCKS_AT_ONCE) * call.device.multiprocessors;
+    // On a multiprocessor, by the kernels' registers.
+    const int at_once = is_pair(call) && product.pixels() <= SKINNY_TOKENS[0] ? 2 : 1;
+    const int64_t wave = int64_t(at_once) * call.device.multiprocessors;
     const int64_t share_bytes = int64_t(sizeof(float)) * numel(product.out);
     splits =
         std::max<int64_t>(1, std::min({wave / blocks, turns, WORKSPACE_BYTES / std::max<int64_t>(1, share_bytes)}));
@@ -172,7 +173,8 @@ public:
     const Device &device = product_.call.device;
     const int64_t tiles = product_.pixels() / name_.facts().columns;
     for (const int stages : STAGES) {
-      const int64_t at_once = std::min<int64_t>(device.shared_bytes / shared(stages), RESIDENT_BLOCKS_AT_ONCE);
+      const int64_t at_once =
+          std::min<int64_t>(device.shared_bytes / shared(stages), RESIDENT_THREADS_AT_ONCE / name_.facts().threads);
       blocks_ = std::min(cdiv(device.multiprocessors * at_once, product_.groups), tiles / TILES_A_BLOCK);
       stages_ = stages;
       if (blocks_ * product_.groups >= device.multiprocessors)

@@ -21,18 +21,19 @@ STEP_BYTES = 64
 """Bytes of a row along the sum, that a stage of the pipelines holds."""
 
 
-def _config(rows: int, columns: int, warps: int) -> Config:
-    return Config(rows, columns, STEP_BYTES // 2, warps, STAGES[0])
+def _config(rows: int, columns: int, warps: int, resident: int) -> Config:
+    return Config(rows, columns, STEP_BYTES // 2, warps, STAGES[0], resident)
 
 
 PRODUCTS = (
-    _config(128, 256, 8),  # the activation's tile is read once for 128 rows
-    _config(128, 128, 4),  # two blocks fit a multiprocessor and hide each other's epilogue
-    _config(64, 64, 4),  # few rows or tokens
+    _config(128, 256, 8, 1),  # the activation's tile is read once for 128 rows
+    _config(128, 128, 4, 2),  # two blocks fit a multiprocessor and hide each other's epilogue
+    _config(64, 64, 4, 4),  # few rows or tokens
 )
-"""Rows are features, columns are tokens or pixels; the depth is that of 16-bit types."""
+"""Rows are features, columns are tokens or pixels; the depth is that of 16-bit types. The last number is of blocks that
+a multiprocessor's registers suffice for: tests/emulated/test_budgets.py."""
 
-WGRADS = (_config(128, 128, 8), _config(64, 64, 4))
+WGRADS = (_config(128, 128, 8, 2), _config(64, 64, 4, 4))
 """Rows are output channels, columns are input channels of every tap, the depth is tokens or pixels."""
 
 

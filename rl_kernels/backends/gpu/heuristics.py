@@ -45,13 +45,23 @@ H100 = Device(132, 227 << 10, 2048, 40, True)
 
 
 class Config(NamedTuple):
-    """A program's tile, (rows, columns) of the result by ``depth`` of the sum, and how it runs."""
+    """A program's tile, (rows, columns) of the result by ``depth`` of the sum, and how it runs.
+
+    Attributes:
+        rows: of the result.
+        columns: of the result.
+        depth: of the sum, that a step takes.
+        warps: of a program.
+        stages: of its pipeline.
+        resident: the most programs that a multiprocessor has at once, for its registers' or other reasons.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    resident: int = 4
 
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -169,7 +179,7 @@ def estimate(work: Work, config: Config, splits: int, device: Device) -> float:
     tiles = work.repeats * math.ceil(work.rows / config.rows) * math.ceil(work.columns / config.columns)
     steps = _steps(work, config, splits)
     step = max(limits(work, config, device).values())
-    resident = max(1, min(4, device.shared_bytes // max(1, shared_bytes(work, config))))
+    resident = max(1, min(config.resident, device.shared_bytes // max(1, shared_bytes(work, config))))
     waves = math.ceil(tiles * splits / (device.multiprocessors * resident))
     # Programs that share a multiprocessor take turns on what binds them, and hide each other's start.
     time = waves * (resident * steps * step + START)
