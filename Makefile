@@ -90,7 +90,7 @@ clean: ## remove the environment and everything built
 # One stamp a step, so that a second call does nothing and an interrupted one goes on.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch setuptools wheel ninja pybind11
+	$(INSTALL) torch setuptools wheel ninja
 	@touch $@
 
 $(VENV)/.systems: $(VENV)/.torch pyproject.toml $(KERNELS)

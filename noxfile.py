@@ -37,7 +37,7 @@ def install(session: nox.Session, *pins: str, build: bool = True) -> None:
     constraints.write_text("\n".join([*kept, *pins]) + "\n")
     constrained = ("--constraint", str(constraints))
     # torch demands a setuptools of its own below some version; without this one the build would fetch another.
-    session.install(*constrained, *pins, "setuptools>=77", "wheel", "ninja", "pybind11")
+    session.install(*constrained, *pins, "setuptools>=77", "wheel", "ninja")
     wanted = {"USE_CPP": "1" if build else "0", "USE_CUDA": "0"}
     session.install(*constrained, "--no-build-isolation", "--editable", ".[test,emulated]", env=wanted)
     session.run("python", "-m", "rl_kernels", "doctor")

@@ -1,4 +1,4 @@
-"""Builds ``rl_kernels/_C``, the C++ kernels for CPUs, against the torch that is installed, and ``rl_kernels/_cuda``,
+"""Builds ``rl_kernels/_C``, the C++ kernels for CPUs, against the torch that is installed, and ``rl_kernels/_cuda.so``,
 the kernels for NVIDIA GPUs, where there is nvcc. All else: pyproject.toml.
 
 Without torch, without a compiler, or where a compilation fails, the package installs all the same, without what could
@@ -6,9 +6,11 @@ not be built, and says what it then lacks. Environment variables:
 
 * ``USE_CPP``, ``USE_CUDA``: 0 skips the one or the other, 1 makes a build of it that fails an error.
 * ``RL_KERNELS_SCALAR``: 1 leaves out everything that needs vector instructions.
+* ``RL_KERNELS_QUICK``: 1 compiles the kernels for CPUs in a fraction of the time, and slow; not what calls them.
 * ``RL_KERNELS_SANITIZE``: a list for the compiler's ``-fsanitize``, as ``address,undefined``.
 * ``CXX``: the C++ compiler. ``MAX_JOBS``: how many compilers run at once, by default one a core.
 * ``CUDACXX``: nvcc. Without it: that of ``CUDA_HOME``, ``CUDA_PATH``, the ``PATH``, the package nvidia-cuda-nvcc.
+* ``RL_KERNELS_CUDA_LINEINFO``: 1 adds the lines of the sources, for profilers and compute-sanitizer.
 * ``RL_KERNELS_CUDA_ARCH_LIST``: compute capabilities, as "8.0 9.0+PTX"; or ``TORCH_CUDA_ARCH_LIST``, written alike.
 """
 
@@ -119,8 +121,10 @@ class BuildKernels(build_ext):
         compiler = find_compiler()
 
         scalar = os.environ.get("RL_KERNELS_SCALAR") == "1"
+        quick = os.environ.get("RL_KERNELS_QUICK") == "1"
         sanitizers = os.environ.get("RL_KERNELS_SANITIZE", "")
-        options = " ".join(["scalar"] * scalar + [f"sanitize={sanitizers}"] * bool(sanitizers))
+        chosen = {"scalar": scalar, "quick": quick, f"sanitize={sanitizers}": bool(sanitizers)}
+        options = " ".join(name for name, is_chosen in chosen.items() if is_chosen)
         record = {
             "torch": torch.__version__,
             "python": sysconfig.get_config_var("EXT_SUFFIX"),
@@ -151,7 +155,7 @@ class BuildKernels(build_ext):
             record_file=folder / RECORD,
             watched=[*scripts, *cpu.watched()],
             folder=kept,
-            compilations=cpu.compilations(compiler, flags, kept, scalar, bool(sanitizers)),
+            compilations=cpu.compilations(compiler, flags, kept, scalar, bool(sanitizers), quick),
             linker=tuple(compiler),
             linking=tuple(linking),
         )

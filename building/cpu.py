@@ -10,7 +10,7 @@ from typing import NamedTuple
 from building.steps import ROOT, Compilation
 
 CSRC = ROOT / "csrc"
-FOLDERS = ("bindings", "cpu/torch")
+FOLDERS = ("bindings", "bindings/cuda", "cpu/torch")
 """Of the sources that are compiled once, in ``csrc``."""
 TABLE = CSRC / "cpu" / "kernels" / "table.cpp"
 """The kernels, compiled once for each instruction set."""
@@ -49,11 +49,12 @@ def instruction_sets(scalar: bool = False) -> tuple[InstructionSet, ...]:
 
 def watched() -> list[Path]:
     """Every file in ``csrc`` that the library is made from."""
-    return [*CSRC.glob("bindings/*"), *CSRC.glob("cpu/*/*")]
+    patterns = ("bindings/*.*", "bindings/cuda/*", "cpu/*/*", *(f"cuda/{name}.h" for name in ("abi", "call", "params")))
+    return [path for pattern in patterns for path in CSRC.glob(pattern)]
 
 
 def compilations(
-    compiler: list[str], flags: list[str], folder: Path, scalar: bool, sanitized: bool
+    compiler: list[str], flags: list[str], folder: Path, scalar: bool, sanitized: bool, quick: bool = False
 ) -> list[Compilation]:
     """What makes the objects, in ``folder``.
 
@@ -63,6 +64,7 @@ def compilations(
         folder: where objects go.
         scalar: whether to leave out what needs vector instructions.
         sanitized: whether the sanitizers' flags are among ``flags``.
+        quick: whether the kernels are to compile fast instead of being fast; what calls them stays as it is.
     """
     sets = instruction_sets(scalar)
     plain = [*compiler, *flags, f"-I{CSRC}", "-O1" if sanitized else "-O2"]
@@ -73,7 +75,7 @@ def compilations(
         for path in sorted((CSRC / name).glob("*.cpp"))
     ]
     # Sanitized, the kernels take ten times as long to compile at -O3.
-    kernels = [*compiler, *flags, f"-I{CSRC}", "-O1" if sanitized else "-O3", *KERNELS]
+    kernels = [*compiler, *flags, f"-I{CSRC}", "-O1" if sanitized or quick else "-O3", *KERNELS]
     for isa in sets:
         optional = [flag for flag in isa.where_accepted if accepts(compiler, flag)]
         command = (*kernels, *isa.flags, *optional)

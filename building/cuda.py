@@ -1,6 +1,7 @@
-"""``rl_kernels/_cuda``, the kernels for NVIDIA GPUs: which nvcc, for which architectures, with which flags.
+"""``rl_kernels/_cuda.so``, the kernels for NVIDIA GPUs: which nvcc, for which architectures, with which flags.
 
-Neither torch's headers nor its libraries are needed, so that it is built beside a CPU build of torch, too.
+It is a library with a C interface (``csrc/cuda/abi.h``). Neither Python's nor torch's headers or libraries are needed:
+one build serves every Python and every torch, and is made beside a CPU build of torch, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,8 @@ from typing import NamedTuple
 from building.steps import ROOT, CannotBuild, Compilation, Library
 
 SOURCES = ROOT / "csrc" / "cuda"
+HOST = [*SOURCES.glob("*.cpp"), *SOURCES.glob("host/*.cpp")]
+"""What the host's compiler compiles: the C interface, and the plans of launches."""
 RECORD = "_build_cuda.json"
 ARCH_LIST = "RL_KERNELS_CUDA_ARCH_LIST"
 TORCH_ARCH_LIST = "TORCH_CUDA_ARCH_LIST"
@@ -34,10 +36,17 @@ ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2}
 """The types that a file for one architecture is compiled for, each by itself, and what RL_ELEMENT then is."""
 FOR_EACH_ELEMENT = ("_sm80.cu", "_sm90.cu")
 
-FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-DNDEBUG"]
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DNDEBUG"]
 FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
-# The runtime is linked in, and its names kept from those of the runtime that torch brings.
-LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
+# The runtimes of CUDA and of C++ are linked in, and their names kept from those that torch and others bring.
+LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL", "-Xcompiler", "-static-libstdc++"]
+
+
+LINEINFO = "RL_KERNELS_CUDA_LINEINFO"
+"""Whether the lines of the sources are embedded, which doubles the size."""
+LINES = "-lineinfo"
+KNOWS_COMPRESS_MODE = (12, 8)  # the version of nvcc
+COMPRESS = ["-Xfatbin", "-compress-all"]
 
 
 class Architecture(NamedTuple):
@@ -129,34 +138,38 @@ def nvcc_version(nvcc: str) -> str:
     return match[0][1:]
 
 
+def options(nvcc: str) -> list[str]:
+    """Flags that depend on the compiler's version or on the environment: what is embedded is made small."""
+    found = ["--compress-mode=size"] if tuple(map(int, nvcc.split(".")[:2])) >= KNOWS_COMPRESS_MODE else COMPRESS
+    return [*found, LINES] if os.environ.get(LINEINFO) == "1" else found
+
+
+def record_of(version: str, targets: Sequence[Architecture], nvcc: str) -> dict[str, str]:
+    """What the library is built for, as it is written beside it."""
+    listed = " ".join(map(str, targets))
+    return {"rl_kernels": version, "architectures": listed, "nvcc": nvcc, "sources": made_of(nvcc)}
+
+
 def made_of(nvcc: str) -> str:
-    """What decides the kernels' code, as a hash: their sources, the flags and nvcc; no path, no Python, no date.
+    """What decides the kernels' code and how it is launched, as a hash: their sources, the flags and nvcc; no path, no
+    date, and neither compression nor line tables, which change no instruction.
 
     A record of what was measured holds for every build of the same.
     """
     total = hashlib.sha256(json.dumps([nvcc, FLAGS]).encode())
-    for path in sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp")):
-        total.update(f"{path.name} {path.stat().st_size}\n".encode())
+    files = (path for path in SOURCES.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
+    for name, path in sorted((path.relative_to(SOURCES).as_posix(), path) for path in files):
+        total.update(f"{name} {path.stat().st_size}\n".encode())
         total.update(path.read_bytes())
     return total.hexdigest()
 
 
-def pybind11_include() -> Path:
-    """Pybind11's headers: its own package's, or those that torch brings."""
-    for package in ("pybind11", "torch"):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations if spec else None) or ():
-            if Path(folder, "include", "pybind11", "pybind11.h").exists():
-                return Path(folder, "include")
-    raise CannotBuild("pybind11 is not installed")
-
-
 def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] | None = None) -> Library:
-    """The module of the package at ``version``.
+    """The library of the package at ``version``.
 
     Args:
-        version: of the package, whose Python code must fit the module.
-        folder: where the module and its record go.
+        version: of the package, whose code must fit the library.
+        folder: where the library and its record go.
         objects: where object files and the logs of ptxas go.
         sources: ``.cu`` and ``.cpp`` files; those of ``csrc/cuda`` unless given.
 
@@ -167,15 +180,9 @@ def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] |
         raise CannotBuild("they are built on Linux")
     nvcc = find_nvcc()
     targets = architectures()
-    record = {
-        "rl_kernels": version,
-        "python": sysconfig.get_config_var("EXT_SUFFIX"),
-        "architectures": " ".join(map(str, targets)),
-        "nvcc": nvcc_version(nvcc),
-    }
-    record["sources"] = made_of(record["nvcc"])
+    record = record_of(version, targets, nvcc_version(nvcc))
     flags = [f'-DRL_KERNELS_CUDA_ARCHITECTURES="{record["architectures"]}"', f'-DRL_KERNELS_NVCC="{record["nvcc"]}"']
-    flags += [f"-I{SOURCES}", f"-isystem={pybind11_include()}", f"-isystem={sysconfig.get_path('include')}"]
+    flags += [f"-I{SOURCES}", *options(record["nvcc"])]
     flags += [flag for target in targets for flag in target.flags()]
     # Its own choice otherwise, which NVCC_CCBIN changes.
     host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
@@ -184,7 +191,7 @@ def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] |
     found = [f"-L{libraries}"] if (libraries / "libcudart_static.a").exists() else []
 
     compilations = []
-    for source in sources or sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.cu")]):
+    for source in sources or sorted([*HOST, *SOURCES.glob("*.cu")]):
         elements = ELEMENTS if source.name.endswith(FOR_EACH_ELEMENT) else {"": None}
         for name, element in elements.items():
             defines = [] if element is None else [f"-DRL_ELEMENT={element}"]
@@ -192,10 +199,14 @@ def library(version: str, folder: Path, objects: Path, sources: Sequence[Path] |
             command = (nvcc, *host, *FLAGS, *flags, *defines)
             compilations.append(Compilation(source, target, command, logged=source.suffix == ".cu"))
     return Library(
-        target=folder / f"_cuda{record['python']}",
+        target=folder / "_cuda.so",
         record=record,
         record_file=folder / RECORD,
-        watched=[*SOURCES.iterdir(), *(ROOT / "building").glob("*.py"), *(sources or [])],
+        watched=[
+            *(path for path in SOURCES.rglob("*.*") if path.suffix != ".md"),
+            *(ROOT / "building").glob("*.py"),
+            *(sources or []),
+        ],
         folder=objects,
         compilations=compilations,
         linker=(nvcc, *host),

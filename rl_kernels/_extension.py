@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ HOW_TO_BUILD = "pip install --no-build-isolation -e ."
 """Beside torch and with a C++ compiler, in a checkout."""
 
 RECORD = "_build.json"
-SOURCES = ("bindings/*", "cpu/*/*")
+SOURCES = ("bindings/*", "bindings/cuda/*", "cpu/*/*", "cuda/abi.h", "cuda/call.h", "cuda/params.h")
 """What it is built from, in ``csrc``."""
 
 
@@ -45,9 +45,22 @@ def folder() -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).parent)
 
 
+PLAIN = ("_cuda",)
+"""What is no module of Python's, but a library with a C interface, which serves every Python."""
+
+
 def library(name: str, folder: Path) -> Path:
     """The file of the extension ``name``."""
-    return folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return folder / f"{name}{'.so' if name in PLAIN else sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _import(qualified: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(qualified, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[qualified] = module
+    return module
 
 
 def load(
@@ -56,6 +69,7 @@ def load(
     record: str = RECORD,
     fits: tuple[str, str] = ("torch", torch.__version__),
     needs: str = "a C++ compiler",
+    opened: Callable[[str, Path], Any] = _import,
 ) -> Extension:
     """Load the extension that lies in ``folder``, unless it was built for something else.
 
@@ -65,6 +79,7 @@ def load(
         record: the JSON file that says what it was built for.
         fits: which of its entries must be what.
         needs: what a machine must have to build it.
+        opened: makes a library, of a name in full and a file, what Python calls; ImportError where it cannot.
     """
     path = library(name, folder)
     if not path.exists():
@@ -77,16 +92,10 @@ def load(
         return Extension(None, f"its record {record} cannot be read; {again}", broken=True)
     if built_for != expected:
         return Extension(None, f"built for {key} {built_for}, this is {expected}; {again}", broken=True)
-    qualified = f"rl_kernels.{name}"
-    spec = importlib.util.spec_from_file_location(qualified, path)
-    assert spec is not None and spec.loader is not None
     try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return Extension(opened(f"rl_kernels.{name}", path), None)
     except ImportError as error:
         return Extension(None, f"cannot be loaded ({error}); {again}", broken=True)
-    sys.modules[qualified] = module
-    return Extension(module, None)
 
 
 def is_older_than_its_sources(

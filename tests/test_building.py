@@ -11,6 +11,7 @@ import pytest
 
 from building import cpu, cuda, steps
 from building.steps import CannotBuild, Compilation, Library
+from rl_kernels._extension import library
 from rl_kernels.backends.cuda import extension
 
 VARIABLES = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", cuda.ARCH_LIST, cuda.TORCH_ARCH_LIST, "CXX", "MAX_JOBS")
@@ -119,15 +120,24 @@ def test_a_file_for_one_architecture_is_compiled_a_type_at_a_time(
 ) -> None:
     monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc", "release 13.0, V13.0.88"))
     monkeypatch.setenv(cuda.ARCH_LIST, "8.6")
-    sources = [Path(name) for name in ("bindings.cpp", "common.cu", "linear_sm80.cu")]
+    sources = [Path(name) for name in ("library.cpp", "common.cu", "linear_sm80.cu")]
     found = cuda.library("1.2.3", tmp_path, tmp_path / "objects", sources)
     assert [step.object.name for step in found.compilations] == [
-        *("bindings.o", "common.o", "linear_sm80.f16.o", "linear_sm80.bf16.o", "linear_sm80.tf32.o")
+        *("library.o", "common.o", "linear_sm80.f16.o", "linear_sm80.bf16.o", "linear_sm80.tf32.o")
     ]
     elements = [[flag for flag in step.command if "RL_ELEMENT" in flag] for step in found.compilations]
     assert elements == [[], [], ["-DRL_ELEMENT=0"], ["-DRL_ELEMENT=1"], ["-DRL_ELEMENT=2"]]
     assert found.record["architectures"] == "8.6" and found.record["rl_kernels"] == "1.2.3"
-    assert found.record_file.name == extension.RECORD and found.target.name.startswith(extension.NAME + ".")
+    assert found.record_file.name == extension.RECORD and found.target == library(extension.NAME, tmp_path)
+    assert "python" not in found.record, "one build serves every Python"
+
+
+@pytest.mark.parametrize(("nvcc", "flags"), [("12.0.1", cuda.COMPRESS), ("12.8.0", ["--compress-mode=size"])])
+def test_what_is_embedded_is_small(nvcc: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cuda.LINEINFO, raising=False)
+    assert cuda.options(nvcc) == flags
+    monkeypatch.setenv(cuda.LINEINFO, "1")
+    assert cuda.options(nvcc) == [*flags, cuda.LINES]
 
 
 @pytest.mark.parametrize(
@@ -151,18 +161,25 @@ def test_the_kernels_are_compiled_once_an_instruction_set(
     for step, isa in zip(tables, cpu.instruction_sets(scalar), strict=True):
         assert set(isa.flags) <= set(step.command) and "-mavx512bf16" not in step.command
     others = [step for step in made if step.source != cpu.TABLE]
-    assert {step.source for step in others} == {*cpu.CSRC.glob("bindings/*.cpp"), *cpu.CSRC.glob("cpu/torch/*.cpp")}
+    patterns = ("bindings/*.cpp", "bindings/cuda/*.cpp", "cpu/torch/*.cpp")
+    assert {step.source for step in others} == {path for pattern in patterns for path in cpu.CSRC.glob(pattern)}
     alone = "-DRL_KERNELS_SCALAR_ONLY"
     assert all("-O2" in step.command and (alone in step.command) == (len(sets) == 1) for step in others)
+
+
+def test_a_quick_build_is_slow_in_the_kernels_alone() -> None:
+    made = cpu.compilations(["true"], [], Path("objects"), True, False, quick=True)
+    assert {level for step in made for level in step.command if level.startswith("-O")} == {"-O1", "-O2"}
+    assert all(("-O1" in step.command) == (step.source == cpu.TABLE) for step in made)
 
 
 def test_what_is_watched_is_what_is_compiled() -> None:
     watched = set(cpu.watched())
     assert {step.source for step in cpu.compilations(["true"], [], Path("objects"), False, True)} <= watched
-    assert {path.parent for path in watched} == {
-        cpu.CSRC / "bindings",
-        *(cpu.CSRC / "cpu" / f for f in ("torch", "kernels")),
-    }
+    folders = ("bindings", "bindings/cuda", "cpu/torch", "cpu/kernels", "cuda")
+    assert {path.parent for path in watched} == {cpu.CSRC / folder for folder in folders}
+    interface = {path.name for path in watched if path.parent == cpu.CSRC / "cuda"}
+    assert interface == {"abi.h", "call.h", "params.h"}, "what the binding includes of the kernels' library"
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiles C++; the package works without a compiler, too")

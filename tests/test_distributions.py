@@ -60,7 +60,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
-    for name in (f"_C{SUFFIX}", f"_cuda{SUFFIX}", "_build.json", "_build_cuda.json"):
+    for name in (f"_C{SUFFIX}", "_cuda.so", "_build.json", "_build_cuda.json"):
         (copy / "rl_kernels" / name).write_bytes(b"planted")
     return build("sdist", copy, tmp_path_factory.mktemp("sdist"))
 

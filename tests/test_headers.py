@@ -1,4 +1,4 @@
-"""Every header of the kernels for CPUs compiles on its own, without a warning, for every instruction set."""
+"""Every header of the kernels compiles on its own, without a warning: those for CPUs for every instruction set."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 from building import cpu
 
 HEADERS = sorted(cpu.TABLE.parent.glob("*.h"))
+CUDA_HEADERS = sorted((cpu.CSRC / "cuda").rglob("*.h"))
+"""Those of the kernels' library that the host's compiler reads."""
 
 
 def compiler() -> list[str]:
@@ -35,6 +37,14 @@ def test_a_header_stands_alone(name: str) -> None:
             text=True,
         )
         assert found.returncode == 0, f"{isa.name}: {found.stderr}"
+
+
+@pytest.mark.parametrize("path", CUDA_HEADERS, ids=lambda path: path.name)
+def test_a_header_of_the_cuda_kernels_stands_alone_and_needs_no_cuda(path: Path) -> None:
+    command = [*compiler(), "-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{cpu.CSRC}", "-fsyntax-only", "-x", "c++"]
+    text = f'#include "{path.relative_to(cpu.CSRC)}"\n' * 2
+    found = subprocess.run([*command, "-"], input=text, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)

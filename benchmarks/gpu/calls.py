@@ -64,13 +64,17 @@ class Where:
 
 
 def build(where: Where) -> Stage:
-    """The kernels for this GPU alone; setup.py says what is missing for it."""
+    """The kernels for this GPU alone, and ``_C``, which calls them; setup.py says what is missing for either.
+
+    They are built side by side, ``_C`` without what makes its own kernels fast: no CPU is timed here, but the host is.
+    """
     arch = gpu().get("compute_cap", "")
-    folder = where.work / "build"
-    environment = {"USE_CPP": "0", "USE_CUDA": "0" if where.rehearsal else "1", "RL_KERNELS_CUDA_ARCH_LIST": arch}
-    command = where.python("setup.py", "--quiet", "build_ext", "--build-lib", str(folder))
+    environment = {"RL_KERNELS_SCALAR": "1", "RL_KERNELS_QUICK": "1", "RL_KERNELS_CUDA_ARCH_LIST": arch}
+    command = where.python("setup.py", "--quiet", "build_ext", "--build-lib", str(where.work / "build"))
+    wanted = [("0", "0")] if where.rehearsal else [("1", "0"), ("0", "1")]
+    commands = [["env", f"USE_CPP={cpp}", f"USE_CUDA={cuda}", *command] for cpp, cuda in wanted]
     lacks = "" if where.rehearsal or find_program("nvcc") else "NO NVCC WAS FOUND: no CUDA kernel is built or checked"
-    return Stage("build", 100, [command], environment, background=True, lacks=lacks)
+    return Stage("build", 100, commands, environment, background=True, lacks=lacks)
 
 
 def first(where: Where) -> list[Stage]:

@@ -1,5 +1,6 @@
 #include "backward.h"
 
+#include "cuda/ops.h"
 #include "serving.h"
 
 #include <ATen/Functions.h>
@@ -68,6 +69,14 @@ Tensors bias_gradients(const Tensor &dy, bool conv, const Tensor &coefficients, 
   return gradients;
 }
 
+// The engine keeps the type of this exception only. Under Python's lock.
+[[noreturn]] void throw_python(py::error_already_set &error) {
+  error.restore();
+  python_error kept;
+  kept.persist();
+  throw std::move(kept);
+}
+
 struct Backward {
   Tensor dy;
   Tensor x; // undefined where neither the weights nor the coefficients wanted a gradient
@@ -103,12 +112,23 @@ struct Backward {
         if (!plain(bias))
           return false;
     const auto dtype = dy.scalar_type();
-    if ((wants_x && !serves(conv(), Op::dgrad, dtype)) || (wants_product() && !serves(conv(), Op::wgrad, dtype)))
+    const Side side = side_of(dy);
+    if ((wants_x && !serves(side, conv(), Op::dgrad, dtype)) ||
+        (wants_product() && !serves(side, conv(), Op::wgrad, dtype)))
       return false;
-    return why_left(dy, weights, conv() ? &geometry : nullptr) == nullptr;
+    const at::IntArrayRef pixels = conv() ? at::IntArrayRef(input_size) : at::IntArrayRef();
+    return !left(side, {dy, weights, coefficients, conv() ? &geometry : nullptr, x, pixels});
   }
 
+  bool on_cuda() const { return side_of(dy) == Side::cuda; }
+  const Geometry *given_geometry() const { return conv() ? &geometry : nullptr; }
+
   Tensor dgrad() const {
+    if (on_cuda()) {
+      RECORD_FUNCTION(conv() ? "rl_kernels::mixed_conv_dgrad" : "rl_kernels::mixed_linear_dgrad",
+                      c10::ArrayRef<const c10::IValue>{});
+      return cuda_ops::dgrad(dy, {weights, coefficients, std::nullopt}, input_size, given_geometry());
+    }
     if (conv()) {
       RECORD_FUNCTION("rl_kernels::mixed_conv_dgrad", c10::ArrayRef<const c10::IValue>{});
       return mixed_conv_dgrad(dy, weights, coefficients, input_size, geometry);
@@ -118,6 +138,11 @@ struct Backward {
   }
 
   Gradients wgrad() const {
+    if (on_cuda()) {
+      RECORD_FUNCTION(conv() ? "rl_kernels::mixed_conv_wgrad" : "rl_kernels::mixed_linear_wgrad",
+                      c10::ArrayRef<const c10::IValue>{});
+      return cuda_ops::wgrad(dy, x, {weights, coefficients, biases}, wanted, given_geometry());
+    }
     if (conv()) {
       RECORD_FUNCTION("rl_kernels::mixed_conv_wgrad", c10::ArrayRef<const c10::IValue>{});
       return mixed_conv_wgrad(dy, x, weights, coefficients, biases, wanted, geometry);
@@ -139,7 +164,7 @@ struct Backward {
     const size_t n = weights.size();
     variable_list found(2 + n + wanted.biases.size());
     Gradients gradients;
-    if (wants_x && wants_product() && !conv())
+    if (wants_x && wants_product() && !conv() && !on_cuda())
       std::tie(found[0], gradients) = both();
     else {
       if (wants_x)
@@ -179,14 +204,19 @@ struct Backward {
         found.push_back(gradient.is_none() ? Tensor() : gradient.cast<Tensor>());
       return found;
     } catch (py::error_already_set &error) {
-      // The engine keeps the type of this exception only.
-      error.restore();
-      python_error kept;
-      kept.persist();
-      throw std::move(kept);
+      throw_python(error);
     }
   }
 };
+
+variable_list by_kernels(const Backward &pass) {
+  try {
+    return pass.by_kernels();
+  } catch (py::error_already_set &error) { // of a function that records, in tests
+    const py::gil_scoped_acquire gil;
+    throw_python(error);
+  }
+}
 
 // Those that `context` saved and wants.
 Backward read_context(AutogradContext *context, const Tensor &dy, Saved saved) {
@@ -225,7 +255,7 @@ variable_list run_backward(AutogradContext *context, const Tensor &dy) {
   if (!dy.defined())
     return results;
   const Backward pass = read_context(context, dy, std::move(saved));
-  auto found = pass.kernels_can() ? pass.by_kernels() : pass.by_formulas();
+  auto found = pass.kernels_can() ? by_kernels(pass) : pass.by_formulas();
   std::move(found.begin(), found.end(), results.begin() + 1);
   return results;
 }

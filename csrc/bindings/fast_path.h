@@ -13,10 +13,11 @@
 
 namespace rl_kernels {
 
-// Which (op, dtype) pairs the CPU kernels serve, as Python's selection says: an or of bits.
+// Which (op, dtype) pairs the kernels serve, as Python's selection says: an or of bits.
 uint32_t serving_bit(const std::string &op, c10::ScalarType dtype);
 // forced: the backend was asked for by name, so that it also takes calls on which another would do better.
-void set_serving(uint32_t bits, bool forced);
+// cuda: whether this is about the CUDA kernels, not those for CPUs.
+void set_serving(uint32_t bits, bool forced, bool cuda);
 // Declines every call from now on, backward passes included.
 void set_bypassed(bool bypassed);
 // The Python function that backward calls where it cannot call the kernels itself.

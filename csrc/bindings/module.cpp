@@ -1,4 +1,5 @@
 // The module rl_kernels._C: the CPU kernels as Python registers them, the fast path, and what was built.
+#include "cuda/module.h"
 #include "cpu/torch/ops.h"
 #include "fast_path.h"
 
@@ -107,9 +108,10 @@ PYBIND11_MODULE(_C, module) {
 
   define_linear(module);
   define_conv(module);
+  cuda_ops::define(module);
 
   module.def("serving_bit", &serving_bit);
-  module.def("set_serving", &set_serving);
+  module.def("set_serving", &set_serving, py::arg("bits"), py::arg("forced"), py::arg("cuda") = false);
   module.def("set_bypassed", &set_bypassed);
   module.def("set_formulas", [](const py::object &function) { set_formulas(function.ptr()); });
   if (PyModule_AddFunctions(module.ptr(), calls) != 0)

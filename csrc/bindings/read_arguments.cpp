@@ -27,15 +27,15 @@ Py_ssize_t length(PyObject *object) {
 
 PyObject *item(PyObject *sequence, Py_ssize_t j) { return PySequence_Fast_GET_ITEM(sequence, j); }
 
-// The tensors of a list or tuple, of one shape and dtype.
-bool read_tensors(PyObject *object, Tensors &tensors) {
+// The tensors of a list or tuple, of one shape and dtype, on a device.
+bool read_tensors(PyObject *object, const c10::Device &device, Tensors &tensors) {
   const auto n = length(object);
   if (n < 1)
     return false;
   tensors.reserve(n);
   for (Py_ssize_t j = 0; j < n; ++j) {
     const Tensor *tensor = as_tensor(item(object, j));
-    if (tensor == nullptr)
+    if (tensor == nullptr || tensor->device() != device)
       return false;
     if (j > 0 && (tensor->sizes() != tensors[0].sizes() || tensor->scalar_type() != tensors[0].scalar_type()))
       return false;
@@ -45,16 +45,16 @@ bool read_tensors(PyObject *object, Tensors &tensors) {
 }
 
 // A tensor, or the numbers of a list or tuple, in the dtype in which the sources mix.
-bool read_coefficients(PyObject *object, const Tensors &weights, Tensor &coefficients) {
+bool read_coefficients(PyObject *object, const c10::Device &device, const Tensors &weights, Tensor &coefficients) {
   const auto dtype = weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto n = static_cast<int64_t>(weights.size());
   if (const Tensor *tensor = as_tensor(object)) {
     const auto sizes = tensor->sizes();
     const bool fits = sizes.size() == 1 || (sizes.size() == 2 && sizes[1] == weights[0].size(0));
     coefficients = *tensor;
-    return fits && sizes[0] == n && tensor->scalar_type() == dtype;
+    return fits && sizes[0] == n && tensor->scalar_type() == dtype && tensor->device() == device;
   }
-  if (length(object) != n)
+  if (length(object) != n || !device.is_cpu())
     return false;
   for (int64_t j = 0; j < n; ++j)
     if (!PyFloat_CheckExact(item(object, j)))
@@ -94,11 +94,11 @@ bool read_integers(PyObject *object, size_t spatial, int64_t minimum, std::vecto
 
 bool read_recipe(PyObject *const *arguments, Call &call) {
   const Tensor *x = as_tensor(arguments[0]);
-  if (x == nullptr || !read_tensors(arguments[1], call.weights))
+  if (x == nullptr || !read_tensors(arguments[1], x->device(), call.weights))
     return false;
   call.x = *x;
   const Tensor &weight = call.weights[0];
-  if (weight.dim() < 2 || !read_coefficients(arguments[2], call.weights, call.coefficients))
+  if (weight.dim() < 2 || !read_coefficients(arguments[2], x->device(), call.weights, call.coefficients))
     return false;
   const auto dtype = x->scalar_type();
   const bool halved = weight.scalar_type() == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf);
@@ -107,8 +107,8 @@ bool read_recipe(PyObject *const *arguments, Call &call) {
   if (arguments[3] == Py_None)
     return true;
   Tensors &biases = call.biases.emplace();
-  return read_tensors(arguments[3], biases) && biases.size() == call.weights.size() && biases[0].dim() == 1 &&
-         biases[0].size(0) == weight.size(0) && biases[0].scalar_type() == weight.scalar_type();
+  return read_tensors(arguments[3], x->device(), biases) && biases.size() == call.weights.size() &&
+         biases[0].dim() == 1 && biases[0].size(0) == weight.size(0) && biases[0].scalar_type() == weight.scalar_type();
 }
 
 bool read_geometry(PyObject *const *arguments, Call &call) {

@@ -93,8 +93,10 @@ struct Pixels {
 
   // Whether there is a pixel of the input, and not padding.
   __device__ static bool meets(const Correlation &c, const Pixel &pixel, const Position &at) {
-    return unsigned(pixel.d + at.d) < unsigned(c.sizes[0]) && unsigned(pixel.h + at.h) < unsigned(c.sizes[1]) &&
-           unsigned(pixel.w + at.w) < unsigned(c.sizes[2]);
+    // Without a branch: all three are computed.
+    return bool(int(unsigned(pixel.d + at.d) < unsigned(c.sizes[0])) &
+                int(unsigned(pixel.h + at.h) < unsigned(c.sizes[1])) &
+                int(unsigned(pixel.w + at.w) < unsigned(c.sizes[2])));
   }
 
   __device__ static int64_t weight_offset(const Correlation &c, const int64_t *strides, int k) {

@@ -26,9 +26,7 @@ template <class T> __device__ float2 unpack(uint32_t bits);
 template <> __device__ inline float2 unpack<__half>(uint32_t bits) {
   return __half22float2(*reinterpret_cast<__half2 *>(&bits));
 }
-template <> __device__ inline float2 unpack<__nv_bfloat16>(uint32_t bits) {
-  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-}
+template <> __device__ inline float2 unpack<__nv_bfloat16>(uint32_t bits) { return ptx::widened_bf16x2(bits); }
 template <> __device__ inline float2 unpack<float>(uint32_t bits) { return {__uint_as_float(bits), 0.0f}; }
 
 // The register that holds two values, rounded.

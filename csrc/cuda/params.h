@@ -1,4 +1,4 @@
-// What kernels take, as rl_kernels/backends/cuda/params.py lays it out: one struct by value a launch.
+// What kernels take: one struct by value a launch, which host/ fills (finish_params.h for more).
 //
 // Offsets are in elements. Linear layers are convolutions of one tap: tokens are pixels, each an image of its own.
 #pragma once

@@ -83,8 +83,13 @@ template <class T, class Tile, class Addressing, bool TRANSPOSED, class Kind> cl
   static constexpr int WEIGHT_CHUNKS = TRANSPOSED ? Tile::ROWS / E::IN_CHUNK : CHUNKS;
   static constexpr int WEIGHT_ROWS = TRANSPOSED ? E::TILE_DEPTH : Tile::ROWS;
   static constexpr int PIXELS = Tile::COLUMNS * CHUNKS / Tile::THREADS;
+  static constexpr int WEIGHT_STEP = Tile::THREADS / WEIGHT_CHUNKS, PIXEL_STEP = Tile::THREADS / CHUNKS; // in rows
+  static constexpr int SOURCES = Kind::IS_PAIR ? 2 : MAX_SOURCES, WEIGHT_COPIES = WEIGHT_ROWS / WEIGHT_STEP;
+  static constexpr int POINTERS = TRANSPOSED ? 1 : WEIGHT_COPIES; // rows across the sum are equally far apart
   static_assert(Tile::THREADS % CHUNKS == 0 && Tile::THREADS % WEIGHT_CHUNKS == 0,
                 "a thread copies one column of chunks");
+  static_assert(WEIGHT_STEP % (TRANSPOSED && sizeof(T) == 4 ? 4 : 8) == 0 && PIXEL_STEP % 8 == 0,
+                "and its chunks are swapped alike in all rows");
   static_assert(PIXELS * Tile::THREADS == Tile::COLUMNS * CHUNKS, "threads copy equally many");
 
   // Epilogue: 32 columns of each warp beside another, as rows of floats.
@@ -116,8 +121,9 @@ public:
     CoefficientsOfLane factors(p, block.first_feature_ + block.warp_row_, block.lane_);
     Sums sums = {};
     pipeline(
-        block.steps_, p.stages, [&](int step, int stage) { block.load(step, stage); },
-        [&](int step, int stage) { block.multiply(sums, factors, step, stage); });
+        block.steps_, p.stages, ptx::shared_address(shared), block.stage_bytes_,
+        [&](int step, uint32_t to) { block.load(step, to); },
+        [&](int step, uint32_t from) { block.multiply(sums, factors, step, from); });
     block.finish(sums);
   }
 
@@ -131,19 +137,43 @@ private:
   const int warp_row_ = warp_ / Tile::WARPS_OVER_COLUMNS * Tile::WARP_ROWS;
   const int warp_column_ = warp_ % Tile::WARPS_OVER_COLUMNS * Tile::WARP_COLUMNS;
   const int depth_, first_step_, steps_;
+  const bool whole_taps_;     // whether steps lie within a tap
+  const int whole_steps_;     // before the one in which the sum ends
+  const int vector_steps_;    // of which every operand may be copied 16 bytes at a time, its rows in equal steps
   const T *const activation_; // the group's
   int first_feature_, first_pixel_;
+  // Where a thread's chunks of the next step lie, if it is a whole one, within the same tap.
+  const T *from_[SOURCES][POINTERS], *pixels_[PIXELS];
+  int bytes_; // of a chunk of a source's row along the sum, that there are
+  // In a stage: where a thread copies to, and where a lane reads.
+  const int source_at_, activation_at_, rows_at_, columns_at_;
+  // Of a convolution: how many bytes of each pixel's chunk are no padding, and the next step's first channel.
+  int pixel_bytes_[PIXELS], channel_;
 
   __device__ ProductKernel(const Product &p, uint8_t *shared, Pixel *kept)
       : p_(p), shared_(shared), kept_(kept), sources_(Kind::IS_PAIR ? 2 : p.recipe.sources),
         stage_bytes_(sources_ * Weight::BYTES + Activation::BYTES), depth_(p.channels * taps_of(p.correlation)),
         first_step_(split_ * p.steps), steps_(min(p.steps, (depth_ + E::TILE_DEPTH - 1) / E::TILE_DEPTH - first_step_)),
-        activation_(reinterpret_cast<const T *>(p.activation) +
-                    int64_t(group_) * p.channels * p.activation_strides[1]) {
+        whole_taps_(!Addressing::KEPT || p.channels % E::TILE_DEPTH == 0),
+        whole_steps_(depth_ / E::TILE_DEPTH - first_step_),
+        vector_steps_(p.vector_activation && p.recipe.vectors == (1 << sources_) - 1 && (!TRANSPOSED || whole_taps_)
+                          ? whole_steps_
+                          : 0),
+        activation_(reinterpret_cast<const T *>(p.activation) + int64_t(group_) * p.channels * p.activation_strides[1]),
+        source_at_(in_register(Weight::offset(thread_ / WEIGHT_CHUNKS, thread_ % WEIGHT_CHUNKS))),
+        activation_at_(in_register(sources_ * Weight::BYTES + Activation::offset(thread_ / CHUNKS, thread_ % CHUNKS))),
+        rows_at_(in_register(Weight::of_rows(warp_row_, lane_))),
+        columns_at_(in_register(sources_ * Weight::BYTES + Activation::of_columns(warp_column_, lane_))) {
     const int2 tile =
         tile_of(blockIdx.x, (p.features + Tile::ROWS - 1) / Tile::ROWS, (p.pixels + Tile::COLUMNS - 1) / Tile::COLUMNS);
     first_feature_ = tile.x * Tile::ROWS;
     first_pixel_ = tile.y * Tile::COLUMNS;
+    const int features = p.features - first_feature_ - thread_ % WEIGHT_CHUNKS * E::IN_CHUNK;
+    bytes_ = in_register(min(max(features, 0), E::IN_CHUNK) * E::BYTES);
+    if constexpr (Addressing::KEPT)
+      channel_ = p.channels; // so that the first step's tap is found
+    else
+      find_chunks(first_step_ * E::TILE_DEPTH);
   }
 
   // Where pixels lie is computed once, and kept where it takes more than a product.
@@ -159,17 +189,91 @@ private:
     if constexpr (Addressing::KEPT)
       return kept_[row];
     else
-      return Addressing::pixel(p_.correlation, p_.activation_strides, first_pixel_ + row);
+      return Addressing::pixel(p_.correlation, p_.activation_strides, min(first_pixel_ + row, p_.pixels - 1));
   }
 
   // Copies. A thread's chunks of the activation lie in one column of the tile, and in the same rows each step.
 
-  __device__ void load(int step, int stage) const {
-    uint8_t *to = shared_ + stage * stage_bytes_;
+  __device__ void load(int step, uint32_t stage) {
     const int first_k = (first_step_ + step) * E::TILE_DEPTH;
+    if (step < vector_steps_) {
+      copy_whole_step(stage, first_k);
+      return;
+    }
+    uint8_t *to = shared_ + (stage - ptx::shared_address(shared_));
     for (int j = 0; j < sources_; ++j)
       load_source(to + j * Weight::BYTES, j, first_k);
     load_activation(to + sources_ * Weight::BYTES, first_k);
+  }
+
+  // Most steps: 16 bytes at a time, nothing past the sum's end. Rows past the last are copies of it, for nobody stores
+  // what becomes of them.
+
+  __device__ void find_chunks(int first_k) {
+#pragma unroll
+    for (int j = 0; j < SOURCES; ++j) {
+      if (!Kind::IS_PAIR && j >= sources_)
+        break;
+      const int64_t *strides = p_.recipe.strides[j];
+      const int chunk = thread_ % WEIGHT_CHUNKS * E::IN_CHUNK, first_row = thread_ / WEIGHT_CHUNKS;
+      auto *weight = reinterpret_cast<const T *>(p_.recipe.weights[j]) + group_ * p_.recipe.group_strides[j] +
+                     Addressing::weight_offset(p_.correlation, strides, first_k + (TRANSPOSED ? first_row : chunk));
+#pragma unroll
+      for (int i = 0; i < POINTERS; ++i) {
+        const int row = first_row + i * WEIGHT_STEP;
+        const int feature = TRANSPOSED ? first_feature_ + chunk : min(first_feature_ + row, p_.features - 1);
+        from_[j][i] = weight + (feature < p_.features ? feature * strides[0] : 0);
+      }
+    }
+    const auto at =
+        Addressing::position(p_.correlation, p_.activation_strides, first_k + thread_ % CHUNKS * E::IN_CHUNK);
+#pragma unroll
+    for (int i = 0; i < PIXELS; ++i) {
+      const auto pixel = pixel_of(thread_ / CHUNKS + i * PIXEL_STEP);
+      const bool inside = Addressing::meets(p_.correlation, pixel, at);
+      pixels_[i] = activation_ + (inside ? pixel.offset + at.offset : 0);
+      pixel_bytes_[i] = inside ? CHUNK_BYTES : 0;
+    }
+  }
+
+  __device__ void copy_whole_step(uint32_t to, int first_k) {
+    if constexpr (Addressing::KEPT) {
+      if (channel_ >= p_.channels) {
+        find_chunks(first_k);
+        channel_ = whole_taps_ ? Addressing::channel(p_.correlation, first_k) : p_.channels;
+      }
+      channel_ += E::TILE_DEPTH;
+    }
+    unrolled<SOURCES>([&](auto j) {
+      if (Kind::IS_PAIR || j < sources_)
+        copy_source<j>(to + source_at_);
+    });
+    copy_activation(to + activation_at_);
+  }
+
+  template <int J> __device__ void copy_source(uint32_t to) {
+    constexpr int ROW_BYTES = TRANSPOSED ? Tile::ROWS * E::BYTES : STEP_BYTES;
+    unrolled<WEIGHT_COPIES>([&](auto i) {
+      constexpr int OFFSET = J * Weight::BYTES + i * WEIGHT_STEP * ROW_BYTES;
+      if constexpr (TRANSPOSED) {
+        ptx::cp_async<OFFSET>(to, from_[J][0], bytes_);
+        from_[J][0] += WEIGHT_STEP * p_.recipe.strides[J][1];
+      } else {
+        ptx::cp_async<OFFSET>(to, from_[J][i]);
+        from_[J][i] += E::TILE_DEPTH;
+      }
+    });
+  }
+
+  __device__ void copy_activation(uint32_t to) {
+    unrolled<PIXELS>([&](auto i) {
+      constexpr int OFFSET = i * PIXEL_STEP * STEP_BYTES;
+      if constexpr (Addressing::KEPT)
+        ptx::cp_async<OFFSET>(to, pixels_[i], pixel_bytes_[i]);
+      else
+        ptx::cp_async<OFFSET>(to, pixels_[i]);
+      pixels_[i] += E::TILE_DEPTH;
+    });
   }
 
   __device__ void load_source(uint8_t *tile, int j, int first_k) const {
@@ -221,58 +325,53 @@ private:
 
   // Main loop: the sources' fragments are mixed, and multiplied with the activation's.
 
-  __device__ void multiply(Sums &sums, CoefficientsOfLane &factors, int step, int stage) const {
-    const uint32_t from = ptx::shared_address(shared_ + stage * stage_bytes_);
-#pragma unroll
-    for (int s = 0; s < E::TILE_DEPTH / E::MMA_DEPTH; ++s) {
+  __device__ void multiply(Sums &sums, CoefficientsOfLane &factors, int step, uint32_t from) const {
+    const uint32_t rows = from + rows_at_, columns = from + columns_at_;
+    unrolled<E::TILE_DEPTH / E::MMA_DEPTH>([&](auto s) {
       uint32_t weight[Tile::DOWN][4];
-      mix(weight, factors, from, s, (first_step_ + step) * E::TILE_DEPTH + s * E::MMA_DEPTH);
-      multiply_add<T, Tile, Activation>(sums, weight, from + sources_ * Weight::BYTES, warp_column_, s, lane_);
-    }
+      mix<s>(weight, factors, rows, step);
+      multiply_add<T, Tile, Activation, s>(sums, weight, columns);
+    });
   }
 
-  // The first operands of matrix instructions `s` of a stage, whose positions of the sum begin at first_k.
-  __device__ void mix(uint32_t (&weight)[Tile::DOWN][4], CoefficientsOfLane &factors, uint32_t from, int s,
-                      int first_k) const {
+  // The first operands of matrix instructions S of a step.
+  template <int S>
+  __device__ void mix(uint32_t (&weight)[Tile::DOWN][4], CoefficientsOfLane &factors, uint32_t rows, int step) const {
+    const int first_k = (first_step_ + step) * E::TILE_DEPTH + S * E::MMA_DEPTH;
     float2 mixed[Tile::DOWN][4];
-    auto add = [&](int j) {
+    auto add = [&](auto j) {
       factors.step(j, first_k, depth_);
-#pragma unroll
-      for (int down = 0; down < Tile::DOWN; ++down) {
+      unrolled<Tile::DOWN>([&](auto down) {
         uint32_t source[4];
-        Weight::first_operand(source, from + j * Weight::BYTES, warp_row_ + 16 * down, s, lane_);
+        Weight::template first_operand<S, down, j * Weight::BYTES>(source, rows);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const float2 factor = factors.of(j, down, r);
           float2 &sum = mixed[down][r];
           sum = j == 0 ? first_source<T>(source[r], factor) : add_source<T>(sum, source[r], factor);
         }
-      }
+      });
     };
-    if constexpr (Kind::IS_PAIR) {
-      add(0);
-      add(1);
-    } else {
+    unrolled<SOURCES>([&](auto j) {
+      if (Kind::IS_PAIR || j < sources_)
+        add(j);
+    });
+    // Past the sum's end sources are 0, but an infinite coefficient makes that nan.
+    if (step >= whole_steps_) {
 #pragma unroll
-      for (int j = 0; j < MAX_SOURCES; ++j)
-        if (j < sources_)
-          add(j);
-    }
-#pragma unroll
-    for (int down = 0; down < Tile::DOWN; ++down) {
-      // Past the sum's end sources are 0, but an infinite coefficient makes that nan.
-      if (first_k + E::MMA_DEPTH > depth_) {
+      for (int down = 0; down < Tile::DOWN; ++down)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const int k = first_k + r / 2 * (E::MMA_DEPTH / 2) + lane_ % 4 * E::IN_REGISTER;
           float2 &sum = mixed[down][r];
           sum = {k < depth_ ? sum.x : 0.0f, k + 1 < depth_ ? sum.y : 0.0f};
         }
-      }
+    }
+#pragma unroll
+    for (int down = 0; down < Tile::DOWN; ++down)
 #pragma unroll
       for (int r = 0; r < 4; ++r)
         weight[down][r] = operand<T>(pack<T>(mixed[down][r]));
-    }
   }
 
   // Epilogue: 32 columns of each warp at a time through shared memory, as rows of features, then 16 bytes a thread.
@@ -282,8 +381,10 @@ private:
     const int inside = min(p_.features - feature, E::IN_CHUNK);
     float bias[E::IN_CHUNK] = {};
     if (p_.biases[0] != 0 && p_.splits == 1) {
-      for (int e = 0; e < inside; ++e)
-        bias[e] = mixed_bias<T>(p_, int64_t(group_) * p_.features + feature + e);
+#pragma unroll
+      for (int e = 0; e < E::IN_CHUNK; ++e)
+        if (e < inside)
+          bias[e] = mixed_bias<T>(p_, int64_t(group_) * p_.features + feature + e);
     }
 #pragma unroll
     for (int pass = 0; pass < Tile::ACROSS / 4; ++pass) {
@@ -295,11 +396,12 @@ private:
         const int pixel = first_pixel_ + column / 32 * Tile::WARP_COLUMNS + 32 * pass + column % 32;
         if (pixel >= p_.pixels || inside <= 0)
           continue;
-        const float *from = reinterpret_cast<float *>(shared_) + column * PITCH + feature - first_feature_;
+        float sum[E::IN_CHUNK];
+        read_chunk<T>(sum, reinterpret_cast<float *>(shared_) + column * PITCH + feature - first_feature_, lane_);
         if (p_.splits > 1)
-          store_share(from, pixel, feature, inside);
+          store_share(sum, pixel, feature, inside);
         else
-          store(from, bias, pixel, feature, inside);
+          store(sum, bias, pixel, feature, inside);
       }
     }
   }
@@ -318,21 +420,24 @@ private:
   }
 
   // A chunk of features of a pixel, of which `inside` are there, as this split's share of them.
-  __device__ void store_share(const float *from, int pixel, int feature, int inside) const {
+  __device__ void store_share(const float (&sum)[E::IN_CHUNK], int pixel, int feature, int inside) const {
     auto *to = reinterpret_cast<float *>(p_.out) + (int64_t(split_) * p_.pixels + pixel) * p_.groups * p_.features +
                int64_t(group_) * p_.features + feature;
     if (p_.vector_out && inside == E::IN_CHUNK) {
 #pragma unroll
       for (int e = 0; e < E::IN_CHUNK; e += 4)
-        *reinterpret_cast<float4 *>(to + e) = *reinterpret_cast<const float4 *>(from + e);
+        *reinterpret_cast<float4 *>(to + e) = *reinterpret_cast<const float4 *>(sum + e);
     } else {
-      for (int e = 0; e < inside; ++e)
-        to[e] = from[e];
+#pragma unroll
+      for (int e = 0; e < E::IN_CHUNK; ++e)
+        if (e < inside)
+          to[e] = sum[e];
     }
   }
 
   // A chunk alike, as the result.
-  __device__ void store(const float *from, const float (&bias)[E::IN_CHUNK], int pixel, int feature, int inside) const {
+  __device__ void store(const float (&sum)[E::IN_CHUNK], const float (&bias)[E::IN_CHUNK], int pixel, int feature,
+                        int inside) const {
     const int64_t out_feature = int64_t(group_) * p_.features + feature;
     auto *to = reinterpret_cast<T *>(p_.out) + Addressing::out_offset(p_.correlation, p_.out_strides, pixel);
     if (p_.vector_out && inside == E::IN_CHUNK) {
@@ -340,12 +445,14 @@ private:
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int e = r * E::IN_REGISTER, f = e + E::IN_REGISTER - 1;
-        packed[r] = pack<T>({from[e] + bias[e], from[f] + bias[f]});
+        packed[r] = pack<T>({sum[e] + bias[e], sum[f] + bias[f]});
       }
       *reinterpret_cast<uint4 *>(to + out_feature) = {packed[0], packed[1], packed[2], packed[3]};
     } else {
-      for (int e = 0; e < inside; ++e)
-        to[(out_feature + e) * p_.out_strides[1]] = rounded<T>(from[e] + bias[e]);
+#pragma unroll
+      for (int e = 0; e < E::IN_CHUNK; ++e)
+        if (e < inside)
+          to[(out_feature + e) * p_.out_strides[1]] = rounded<T>(sum[e] + bias[e]);
     }
   }
 };

@@ -1,4 +1,4 @@
-// The kernels of the module rl_kernels._cuda by name: a .cu file declares each with RL_KERNEL, bindings.cpp launches
+// The kernels of the library rl_kernels/_cuda.so by name: a .cu file declares each with RL_KERNEL, library.cpp launches
 // them.
 #pragma once
 
@@ -7,8 +7,7 @@
 
 namespace rl_kernels::cuda {
 
-// What the host has to know of a kernel to launch it; 0 for what it does not have. The kernels of configs.py in
-// rl_kernels/backends/cuda are these, and a test holds the two equal.
+// What the host has to know of a kernel to launch it; 0 for what it does not have.
 struct LaunchFacts {
   int threads = 0;        // of a block
   int rows = 0;           // of the result, that a block computes
@@ -28,7 +27,13 @@ struct Kernel {
   LaunchFacts facts;
 };
 
-// Those of every object file in the module, in no particular order.
+// How many blocks of a kernel its class wants on a multiprocessor.
+template <class Body> constexpr int blocks_of = 1;
+template <class Body>
+  requires(Body::BLOCKS > 0)
+constexpr int blocks_of<Body> = Body::BLOCKS;
+
+// Those of every object file in the library, in no particular order.
 inline std::vector<Kernel> &registered_kernels() {
   static std::vector<Kernel> kernels; // a local: the objects below are made before any global could be relied on
   return kernels;
@@ -47,10 +52,11 @@ public:
 //   Params: the struct that is the kernel's only parameter,
 //   FACTS: its LaunchFacts,
 //   MAX_THREADS: how many threads registers are to suffice for; FACTS.threads or more,
+//   BLOCKS: and for how many blocks of a multiprocessor; 1 where it says nothing,
 //   run(const Params &): its body.
 // Whatever namespace this stands in, `name` is the entry's name in PTX.
 #define RL_KERNEL(name, ...)                                                                                           \
-  extern "C" __global__ void __launch_bounds__((__VA_ARGS__::MAX_THREADS), 1)                                          \
+  extern "C" __global__ void __launch_bounds__((__VA_ARGS__::MAX_THREADS), ::rl_kernels::cuda::blocks_of<__VA_ARGS__>) \
       name(const __grid_constant__ __VA_ARGS__::Params p) {                                                            \
     __VA_ARGS__::run(p);                                                                                               \
   }                                                                                                                    \

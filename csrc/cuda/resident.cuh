@@ -170,6 +170,7 @@ template <class T, class Tile, bool TRANSPOSED, class Kind> class ResidentKernel
 public:
   using Params = Product;
   static constexpr int MAX_THREADS = Tile::THREADS;
+  static constexpr int BLOCKS = 512 / Tile::THREADS; // as resident.py counts them
   static constexpr LaunchFacts FACTS = {
       .threads = Tile::THREADS,
       .rows = Tile::ROWS,
@@ -194,8 +195,8 @@ public:
     const int tiles = (p.pixels + Tile::COLUMNS - 1) / Tile::COLUMNS;
     const int own_tiles = (tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
     pipeline(
-        own_tiles * block.steps_, p.stages, [&](int, int stage) { block.load_next(stage); },
-        [&](int, int stage) { block.multiply_next(stage); });
+        own_tiles * block.steps_, p.stages, ptx::shared_address(block.staged_), Activation::BYTES,
+        [&](int, uint32_t to) { block.load_next(to); }, [&](int, uint32_t from) { block.multiply_next(from); });
   }
 
 private:
@@ -242,7 +243,8 @@ private:
 
   // Copies: of the next step of the sum, or the first of the next tile. A thread's chunks lie in one column of the
   // tile.
-  __device__ void load_next(int stage) {
+  __device__ void load_next(uint32_t stage) {
+    uint8_t *to = staged_ + (stage - ptx::shared_address(staged_));
     if (load_step_ == 0) {
 #pragma unroll
       for (int i = 0; i < PIXELS; ++i) {
@@ -258,8 +260,8 @@ private:
       const int row = thread_ / CHUNKS + i * (Tile::THREADS / CHUNKS);
       const int inside = Pixels::meets(p_.correlation, pixels_[i], at) ? min(p_.channels - at.channel, E::IN_CHUNK) : 0;
       const T *from = activation_ + pixels_[i].offset + at.offset;
-      copy_chunk<T>(staged_ + stage * Activation::BYTES + Activation::offset(row, chunk), p_.vector_activation, inside,
-                    activation_, [&](int e) { return from + e * p_.activation_strides[1]; });
+      copy_chunk<T>(to + Activation::offset(row, chunk), p_.vector_activation, inside, activation_,
+                    [&](int e) { return from + e * p_.activation_strides[1]; });
     }
     if (++load_step_ == steps_) {
       load_step_ = 0;
@@ -268,17 +270,15 @@ private:
   }
 
   // Main loop, over the steps of all tiles.
-  __device__ void multiply_next(int stage) {
-    const uint32_t weights = ptx::shared_address(shared_ + step_ * Weight::BYTES);
-    const uint32_t columns = ptx::shared_address(staged_ + stage * Activation::BYTES);
-#pragma unroll
-    for (int s = 0; s < E::TILE_DEPTH / E::MMA_DEPTH; ++s) {
+  __device__ void multiply_next(uint32_t stage) {
+    const uint32_t rows =
+        ptx::shared_address(shared_ + step_ * Weight::BYTES) + uint32_t(Weight::of_rows(warp_row_, lane_));
+    const uint32_t columns = stage + Activation::of_columns(warp_column_, lane_);
+    unrolled<E::TILE_DEPTH / E::MMA_DEPTH>([&](auto s) {
       uint32_t weight[Tile::DOWN][4];
-#pragma unroll
-      for (int down = 0; down < Tile::DOWN; ++down)
-        Weight::first_operand(weight[down], weights, warp_row_ + 16 * down, s, lane_);
-      multiply_add<T, Tile, Activation>(sums_, weight, columns, warp_column_, s, lane_);
-    }
+      unrolled<Tile::DOWN>([&](auto down) { Weight::template first_operand<s, down>(weight[down], rows); });
+      multiply_add<T, Tile, Activation, s>(sums_, weight, columns);
+    });
     if (++step_ == steps_) {
       finish_tile();
       step_ = 0;

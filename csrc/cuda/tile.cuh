@@ -4,7 +4,23 @@
 #include "addressing.cuh"
 #include "mix.cuh"
 
+#include <type_traits>
+#include <utility>
+
 namespace rl_kernels::cuda {
+
+// Calls f with 0 to COUNT - 1 as constants.
+template <int COUNT, class F> __device__ inline void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, COUNT>());
+}
+
+// The same value, which is kept in a register: the compiler does not compute it anew where it is used.
+__device__ inline int in_register(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // A block's share of the result, rows of the first operand by columns of the second, and how its warps divide it.
 template <int ROWS_, int COLUMNS_, int WARPS_OVER_ROWS_, int WARPS_OVER_COLUMNS_> struct Tile {
@@ -19,8 +35,12 @@ template <int ROWS_, int COLUMNS_, int WARPS_OVER_ROWS_, int WARPS_OVER_COLUMNS_
   using Sums = float[DOWN][ACROSS][4];
 };
 
-// An operand in shared memory whose rows run along the sum: WIDTH rows of 64 bytes, in which 16-byte chunks are swapped
-// so that 8 rows' equal chunks lie in different banks.
+// Operands in shared memory, at multiples of 128 bytes. Where a lane reads is found once: `of_rows` and `of_columns`
+// are its address in a tile for a warp whose first or second operands begin at `first`, a multiple of what the warp
+// has. All else that it reads is a number of bytes from there, or there with some bits of a chunk's place changed:
+// 16-byte chunks of a row are swapped among themselves, so that what is read at once lies in different banks.
+
+// WIDTH rows of 64 bytes that run along the sum; 8 rows' equal chunks lie in different banks.
 template <class T, int WIDTH> struct DepthInner {
   static constexpr int BYTES = WIDTH * STEP_BYTES;
 
@@ -28,18 +48,24 @@ template <class T, int WIDTH> struct DepthInner {
     return row * STEP_BYTES + ((chunk ^ (row >> 1)) & 3) * CHUNK_BYTES;
   }
 
-  // The first operand of matrix instruction `step`: 16 rows from `first` on.
-  __device__ static void first_operand(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
-    ptx::ldmatrix(to, tile + offset(first + lane % 16, 2 * step + lane / 16));
+  __device__ static int of_rows(int first, int lane) { return offset(first + lane % 16, lane / 16); }
+  __device__ static int of_columns(int first, int lane) {
+    return offset(first + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
 
-  // The second operands of two: 8 columns from `first` on in to[0] and to[1], and the next 8.
-  __device__ static void second_operands(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
-    ptx::ldmatrix(to, tile + offset(first + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+  // The first operand of matrix instruction STEP: 16 rows from 16 * DOWN on, in a tile BEHIND bytes behind `at`.
+  template <int STEP, int DOWN, int BEHIND = 0> __device__ static void first_operand(uint32_t (&to)[4], uint32_t at) {
+    // Chunks of rows 8 apart are swapped alike.
+    ptx::ldmatrix<BEHIND + 16 * DOWN * STEP_BYTES>(to, at ^ 2 * STEP * CHUNK_BYTES);
+  }
+
+  // The second operands of two: 8 columns from 8 * ACROSS on in to[0] and to[1], and the next 8.
+  template <int STEP, int ACROSS> __device__ static void second_operands(uint32_t (&to)[4], uint32_t at) {
+    ptx::ldmatrix<8 * ACROSS * STEP_BYTES>(to, at ^ 2 * STEP * CHUNK_BYTES);
   }
 };
 
-// An operand whose rows run across the sum: TILE_DEPTH rows of WIDTH elements, swapped likewise.
+// TILE_DEPTH rows of WIDTH elements that run across the sum.
 template <class T, int WIDTH> struct DepthOuter {
   static constexpr int ROW_BYTES = WIDTH * Element<T>::BYTES;
   static constexpr int BYTES = ROW_BYTES * Element<T>::TILE_DEPTH;
@@ -50,42 +76,56 @@ template <class T, int WIDTH> struct DepthOuter {
     return row * ROW_BYTES + (chunk ^ (sizeof(T) == 2 ? row & 7 : (row & 3) << 1)) * CHUNK_BYTES;
   }
 
-  __device__ static void first_operand(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
-    if constexpr (sizeof(T) == 2) {
-      int row = step * 16 + lane / 16 * 8 + lane % 8;
-      ptx::ldmatrix_trans(to, tile + offset(row, first / 8 + lane / 8 % 2));
-    } else {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        to[r] = element(tile, step * 8 + lane % 4 + r / 2 * 4, first + lane / 4 + r % 2 * 8);
-    }
+  __device__ static int of_rows(int first, int lane) {
+    if constexpr (sizeof(T) == 2)
+      return offset(lane / 16 * 8 + lane % 8, first / 8 + lane / 8 % 2);
+    else
+      return of_element(first, lane);
+  }
+  __device__ static int of_columns(int first, int lane) {
+    if constexpr (sizeof(T) == 2)
+      return offset(lane / 8 % 2 * 8 + lane % 8, first / 8 + lane / 16);
+    else
+      return of_element(first, lane);
   }
 
-  __device__ static void second_operands(uint32_t (&to)[4], uint32_t tile, int first, int step, int lane) {
-    if constexpr (sizeof(T) == 2) {
-      int row = step * 16 + lane / 8 % 2 * 8 + lane % 8;
-      ptx::ldmatrix_trans(to, tile + offset(row, first / 8 + lane / 16));
-    } else {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        to[r] = element(tile, step * 8 + lane % 4 + r % 2 * 4, first + lane / 4 + r / 2 * 8);
-    }
+  template <int STEP, int DOWN, int BEHIND = 0> __device__ static void first_operand(uint32_t (&to)[4], uint32_t at) {
+    if constexpr (sizeof(T) == 2)
+      ptx::ldmatrix_trans<BEHIND + 16 * STEP * ROW_BYTES + added(2 * DOWN)>(to, at ^ changed(2 * DOWN));
+    else
+      unrolled<4>([&](auto r) { to[r] = element<STEP, r / 2, 2 * DOWN + r % 2, BEHIND>(at); });
   }
 
-  __device__ static uint32_t element(uint32_t tile, int row, int column) {
-    return ptx::ld_shared(tile + offset(row, column / 4) + column % 4 * 4);
+  template <int STEP, int ACROSS> __device__ static void second_operands(uint32_t (&to)[4], uint32_t at) {
+    if constexpr (sizeof(T) == 2)
+      ptx::ldmatrix_trans<16 * STEP * ROW_BYTES + added(ACROSS)>(to, at ^ changed(ACROSS));
+    else
+      unrolled<4>([&](auto r) { to[r] = element<STEP, r % 2, ACROSS + r / 2>(at); });
+  }
+
+private:
+  // From a chunk to one further on in the row: the bits of its place that are swapped, and the others.
+  static constexpr int changed(int chunks) { return chunks % 8 * CHUNK_BYTES; }
+  static constexpr int added(int chunks) { return chunks / 8 * 8 * CHUNK_BYTES; }
+
+  __device__ static int of_element(int first, int lane) {
+    return offset(lane % 4, (first + lane / 4) / 4) + lane / 4 % 4 * 4;
+  }
+
+  // A float of matrix instruction STEP, 4 * DEEP rows and 8 * OVER columns on.
+  template <int STEP, int DEEP, int OVER, int BEHIND = 0> __device__ static uint32_t element(uint32_t at) {
+    return ptx::ld_shared<BEHIND + (8 * STEP + 4 * DEEP) * ROW_BYTES + added(2 * OVER)>(at ^ changed(2 * OVER));
   }
 };
 
-// Adds to a warp's sums the products of its rows, first operands in registers, and of its columns from `first` on,
-// which are read from shared memory in between.
-template <class T, class Tile, class Columns>
-__device__ inline void multiply_add(typename Tile::Sums &sums, const uint32_t (&rows)[Tile::DOWN][4], uint32_t tile,
-                                    int first, int step, int lane) {
-#pragma unroll
-  for (int across = 0; across < Tile::ACROSS; across += 2) {
+// Adds to a warp's sums the products of its rows, first operands in registers, and of its columns, which are read from
+// shared memory in between.
+template <class T, class Tile, class Columns, int STEP>
+__device__ inline void multiply_add(typename Tile::Sums &sums, const uint32_t (&rows)[Tile::DOWN][4], uint32_t at) {
+  unrolled<Tile::ACROSS / 2>([&](auto pair) {
+    constexpr int across = 2 * pair;
     uint32_t columns[4];
-    Columns::second_operands(columns, tile, first + 8 * across, step, lane);
+    Columns::template second_operands<STEP, across>(columns, at);
 #pragma unroll
     for (int r = 0; r < 4; ++r)
       columns[r] = operand<T>(columns[r]);
@@ -94,7 +134,7 @@ __device__ inline void multiply_add(typename Tile::Sums &sums, const uint32_t (&
       ptx::mma<T>(sums[down][across], rows[down], columns[0], columns[1]);
       ptx::mma<T>(sums[down][across + 1], rows[down], columns[2], columns[3]);
     }
-  }
+  });
 }
 
 // The tile of block `index` of rows x columns of tiles: 8 rows at a time, whose blocks share the columns' operand in
@@ -117,30 +157,49 @@ __device__ inline void copy_chunk(uint8_t *to, bool vector, int inside, const T 
   }
 }
 
-// Runs load(step, stage) ahead of multiply(step, stage), in a ring of `stages` (2 to 4).
+// A chunk's floats from shared memory, whose neighbours in the row the neighbouring lanes read.
+template <class T> __device__ inline void read_chunk(float (&to)[Element<T>::IN_CHUNK], const float *from, int lane) {
+  if constexpr (Element<T>::IN_CHUNK == 4) {
+    *reinterpret_cast<float4 *>(to) = *reinterpret_cast<const float4 *>(from);
+  } else {
+    // 8 lanes are served at once: of chunks 32 banks apart, one's first half is read with another's second.
+    const bool swapped = lane / 4 % 2 == 1;
+    const float4 one = *reinterpret_cast<const float4 *>(from + (swapped ? 4 : 0));
+    const float4 other = *reinterpret_cast<const float4 *>(from + (swapped ? 0 : 4));
+    *reinterpret_cast<float4 *>(to) = swapped ? other : one;
+    *reinterpret_cast<float4 *>(to + 4) = swapped ? one : other;
+  }
+}
+
+// Runs load(step, to) ahead of multiply(step, from), in a ring of `stages` (2 to 4), whose addresses they are given:
+// the first, and others STAGE_BYTES further each.
 template <class Load, class Multiply>
-__device__ inline void pipeline(int steps, int stages, Load load, Multiply multiply) {
+__device__ inline void pipeline(int steps, int stages, uint32_t first, int stage_bytes, Load load, Multiply multiply) {
+  uint32_t free = first;
   for (int step = 0; step < stages - 1; ++step) {
     if (step < steps)
-      load(step, step);
+      load(step, free);
     ptx::cp_async_commit_group();
+    free += stage_bytes;
   }
-  int stage = 0, free = stages - 1;
+  const uint32_t end = free + stage_bytes;
+  uint32_t stage = first;
   for (int step = 0; step < steps; ++step) {
     // Groups are committed also where there is nothing left to copy: the one of this step is always `stages` - 2 back.
-    if (stages == 2)
-      ptx::cp_async_wait_group<0>();
-    else if (stages == 3)
+    ptx::cp_async_wait_group<2>();
+    if (stages < 4) {
       ptx::cp_async_wait_group<1>();
-    else
-      ptx::cp_async_wait_group<2>();
+      if (stages < 3)
+        ptx::cp_async_wait_group<0>();
+    }
     __syncthreads(); // this stage has arrived for all, and all have read the one that is loaded next
     if (step + stages - 1 < steps)
       load(step + stages - 1, free);
     ptx::cp_async_commit_group();
     multiply(step, stage);
-    stage = stage + 1 == stages ? 0 : stage + 1;
-    free = free + 1 == stages ? 0 : free + 1;
+    free = stage; // once all have read it
+    stage += stage_bytes;
+    stage = stage == end ? first : stage;
   }
   __syncthreads(); // all that was copied was waited for; the epilogue uses the stages' memory
 }

@@ -22,7 +22,7 @@ public:
   // part: the tile's, of `parts` whose shares of a dot product are summed.
   __device__ Finish(const Wgrad &p, int group, int first_row, int first_column, int part, int parts)
       : p_(p), group_(group), first_row_(first_row), part_(part), parts_(parts) {
-    column_ = first_column + int(threadIdx.x) % CHUNKS * E::IN_CHUNK;
+    column_ = first_column + in_register(threadIdx.x) % CHUNKS * E::IN_CHUNK;
     inside_ = min(p.channels * taps_of(p.correlation) - column_, E::IN_CHUNK);
   }
 
@@ -55,6 +55,19 @@ public:
           reinterpret_cast<float *>(p_.dots)[(int64_t(j) * parts_ + part_) * p_.groups * p_.features + channel] = dot;
       }
     }
+  }
+
+  // Instead, of a split: its share of the chunk is kept.
+  __device__ void share(int split, int row, const float (&sum)[E::IN_CHUNK]) const {
+    const int feature = first_row_ + row;
+    if (feature >= p_.features)
+      return;
+    const int64_t channel = (int64_t(split) * p_.groups + group_) * p_.features + feature;
+    auto *to = reinterpret_cast<float *>(p_.partial) + channel * p_.channels * taps_of(p_.correlation) + column_;
+#pragma unroll
+    for (int e = 0; e < E::IN_CHUNK; ++e)
+      if (e < inside_)
+        to[e] = sum[e];
   }
 
   // After the last chunk, by all threads.
@@ -147,14 +160,17 @@ private:
 // The tiles of a group's part of G.
 template <class Tile> struct Tiles {
   int rows, columns;
+  __device__ int2 own() const { return tile_of(in_register(blockIdx.x), rows, columns); }
   __device__ explicit Tiles(const Wgrad &p) {
-    rows = (p.features + Tile::ROWS - 1) / Tile::ROWS;
-    columns = (p.channels * taps_of(p.correlation) + Tile::COLUMNS - 1) / Tile::COLUMNS;
+    // What is counted again after the main loop takes no register meanwhile.
+    rows = in_register((p.features + Tile::ROWS - 1) / Tile::ROWS);
+    columns = in_register((p.channels * taps_of(p.correlation) + Tile::COLUMNS - 1) / Tile::COLUMNS);
   }
 };
 
-template <class T, class Tile, class Addressing>
-__device__ Finish<T, Tile, Addressing> finish_of(const Wgrad &p, int2 tile, const Tiles<Tile> &tiles) {
+template <class T, class Tile, class Addressing> __device__ Finish<T, Tile, Addressing> finish_of(const Wgrad &p) {
+  const Tiles<Tile> tiles(p);
+  const int2 tile = tiles.own();
   const int group = blockIdx.y, all = tiles.rows * tiles.columns;
   return {p,
           group,
@@ -173,10 +189,12 @@ template <class T, class Tile, class Addressing> class WgradKernel {
   using Sums = typename Tile::Sums;
   static constexpr int STAGE_BYTES = Gradient::BYTES + Activation::BYTES;
 
-  // Copies: chunks of a row.
-  static constexpr int DY_CHUNKS = Tile::ROWS / E::IN_CHUNK, X_CHUNKS = Tile::COLUMNS / E::IN_CHUNK;
-  static_assert(Tile::THREADS % DY_CHUNKS == 0 && Tile::THREADS % X_CHUNKS == 0,
-                "a thread copies one column of chunks");
+  // Copies, of dy and x alike: chunks of a row, and rows from one of a thread's chunks to the next.
+  static constexpr int CHUNKS = Tile::ROWS / E::IN_CHUNK, STEP = Tile::THREADS / CHUNKS;
+  static constexpr int COPIES = E::TILE_DEPTH / STEP;
+  static_assert(Tile::ROWS == Tile::COLUMNS, "tiles are square");
+  static_assert(Tile::THREADS % CHUNKS == 0, "a thread copies one column of chunks");
+  static_assert(STEP % (sizeof(T) == 4 ? 4 : 8) == 0, "and its chunks are swapped alike in all rows");
 
   // Epilogue: 16 rows of each warp above another, as floats.
   static constexpr int PITCH = Tile::COLUMNS + 8; // half a warp's pairs lie in different banks
@@ -186,6 +204,7 @@ template <class T, class Tile, class Addressing> class WgradKernel {
 public:
   using Params = Wgrad;
   static constexpr int MAX_THREADS = Tile::THREADS;
+  static constexpr int BLOCKS = 2; // one finishes its tile while the other multiplies
   static constexpr LaunchFacts FACTS = {
       .threads = Tile::THREADS,
       .rows = Tile::ROWS,
@@ -199,14 +218,12 @@ public:
   static __device__ void run(const Wgrad &p) {
     // Shared memory: `stages` times dy's tile and x's; then the epilogue's floats.
     extern __shared__ __align__(128) uint8_t shared[];
-    const Tiles<Tile> tiles(p);
-    const int2 tile = tile_of(blockIdx.x, tiles.rows, tiles.columns);
-    const WgradKernel block(p, shared, tile);
+    WgradKernel block(p, shared, Tiles<Tile>(p).own());
     Sums sums = {};
     pipeline(
-        block.steps_, p.stages, [&](int step, int stage) { block.load(step, stage); },
-        [&](int, int stage) { block.multiply(sums, stage); });
-    Finishing finish = finish_of<T, Tile, Addressing>(p, tile, tiles);
+        block.steps_, p.stages, ptx::shared_address(shared), STAGE_BYTES,
+        [&](int step, uint32_t to) { block.load(step, to); }, [&](int, uint32_t from) { block.multiply(sums, from); });
+    Finishing finish = finish_of<T, Tile, Addressing>(p);
     block.finish(sums, finish);
     if (p.splits == 1)
       finish.end();
@@ -217,62 +234,122 @@ private:
   uint8_t *const shared_;
   const int thread_ = threadIdx.x, lane_ = thread_ % 32, warp_ = thread_ / 32;
   const int group_ = blockIdx.y, split_ = blockIdx.z;
-  const int first_row_, first_column_;
   const int warp_row_ = warp_ / Tile::WARPS_OVER_COLUMNS * Tile::WARP_ROWS;
   const int warp_column_ = warp_ % Tile::WARPS_OVER_COLUMNS * Tile::WARP_COLUMNS;
   const int columns_, first_step_, steps_;
   // What a thread copies: its chunks have the same channels, and those of x the same tap, each step.
   const T *const dy_, *const x_; // the group's
   const int feature_, column_;
-  const typename Addressing::Position position_;
+  const int vector_steps_;                 // which may be copied 16 bytes at a time, and have all their pixels
+  const int dy_bytes_, x_bytes_;           // of a chunk, that there are
+  const T *dy_from_, *x_from_;             // of a linear layer: where its first chunks of the next such step lie
+  typename Addressing::Position position_; // of a convolution: the tap and channel of its chunks of x
+  // In a stage: where a thread copies to, and where a lane reads.
+  const int copy_at_, rows_at_, columns_at_;
 
   __device__ WgradKernel(const Wgrad &p, uint8_t *shared, int2 tile)
-      : p_(p), shared_(shared), first_row_(tile.x * Tile::ROWS), first_column_(tile.y * Tile::COLUMNS),
-        columns_(p.channels * taps_of(p.correlation)), first_step_(split_ * p.steps),
-        steps_(min(p.steps, (p.pixels + E::TILE_DEPTH - 1) / E::TILE_DEPTH - first_step_)),
-        dy_(reinterpret_cast<const T *>(p.dy) + int64_t(group_) * p.features * p.dy_strides[1]),
-        x_(reinterpret_cast<const T *>(p.x) + int64_t(group_) * p.channels * p.x_strides[1]),
-        feature_(first_row_ + thread_ % DY_CHUNKS * E::IN_CHUNK),
-        column_(first_column_ + thread_ % X_CHUNKS * E::IN_CHUNK),
-        position_(Addressing::position(p.correlation, p.x_strides, min(column_, columns_ - 1))) {}
+      : p_(p), shared_(shared), columns_(p.channels * taps_of(p.correlation)), first_step_(split_ * p.steps),
+        steps_(min(p.steps, (p.pixels + E::TILE_DEPTH - 1) / E::TILE_DEPTH - first_step_)), dy_(dy_of(p, group_)),
+        x_(x_of(p, group_)), feature_(tile.x * Tile::ROWS + thread_ % CHUNKS * E::IN_CHUNK),
+        column_(tile.y * Tile::COLUMNS + thread_ % CHUNKS * E::IN_CHUNK),
+        vector_steps_(p.vector_dy && p.vector_x ? p.pixels / E::TILE_DEPTH - first_step_ : 0),
+        dy_bytes_(in_register(min(max(p.features - feature_, 0), E::IN_CHUNK) * E::BYTES)),
+        x_bytes_(in_register(min(max(columns_ - column_, 0), E::IN_CHUNK) * E::BYTES)),
+        copy_at_(in_register(Gradient::offset(thread_ / CHUNKS, thread_ % CHUNKS))),
+        rows_at_(in_register(Gradient::of_rows(warp_row_, lane_))),
+        columns_at_(in_register(Gradient::BYTES + Activation::of_columns(warp_column_, lane_))) {
+    if constexpr (Addressing::KEPT) {
+      position_ = Addressing::position(p.correlation, p.x_strides, min(column_, columns_ - 1));
+    } else {
+      const int first_pixel = first_step_ * E::TILE_DEPTH;
+      dy_from_ = dy_ + (dy_bytes_ > 0 ? feature_ : 0) + (first_pixel + thread_ / CHUNKS) * p.dy_strides[0];
+      x_from_ = x_ + (x_bytes_ > 0 ? column_ : 0) + (first_pixel + thread_ / CHUNKS) * p.x_strides[0];
+    }
+  }
+
+  __device__ static const T *dy_of(const Wgrad &p, int group) {
+    return reinterpret_cast<const T *>(p.dy) + int64_t(group) * p.features * p.dy_strides[1];
+  }
+  __device__ static const T *x_of(const Wgrad &p, int group) {
+    return reinterpret_cast<const T *>(p.x) + int64_t(group) * p.channels * p.x_strides[1];
+  }
 
   // Copies.
 
-  __device__ void load(int step, int stage) const {
-    uint8_t *to = shared_ + stage * STAGE_BYTES;
-    const int first_pixel = (first_step_ + step) * E::TILE_DEPTH;
+  __device__ void load(int step, uint32_t stage) {
+    if (step < vector_steps_) {
+      copy_whole_step(stage, (first_step_ + step) * E::TILE_DEPTH);
+      return;
+    }
+    const int first_pixel = (in_register(split_) * p_.steps + step) * E::TILE_DEPTH;
+    uint8_t *to = shared_ + (stage - ptx::shared_address(shared_));
     load_dy(to, first_pixel);
     load_x(to + Gradient::BYTES, first_pixel);
   }
 
+  // Most steps.
+  __device__ void copy_whole_step(uint32_t to, int first_pixel) {
+    unrolled<COPIES>([&](auto i) {
+      constexpr int OFFSET = i * STEP * Gradient::ROW_BYTES;
+      if constexpr (Addressing::KEPT) {
+        const int pixel = first_pixel + thread_ / CHUNKS + i * STEP;
+        const T *from = dy_ + Addressing::out_offset(p_.correlation, p_.dy_strides, pixel);
+        ptx::cp_async<OFFSET>(to + copy_at_, from + (dy_bytes_ > 0 ? feature_ : 0), dy_bytes_);
+      } else {
+        ptx::cp_async<OFFSET>(to + copy_at_, dy_from_, dy_bytes_);
+        dy_from_ += STEP * p_.dy_strides[0];
+      }
+    });
+    unrolled<COPIES>([&](auto i) {
+      constexpr int OFFSET = Gradient::BYTES + i * STEP * Activation::ROW_BYTES;
+      if constexpr (Addressing::KEPT) {
+        const auto pixel = Addressing::pixel(p_.correlation, p_.x_strides, first_pixel + thread_ / CHUNKS + i * STEP);
+        // The chunk's elements have one tap: they lie inside together.
+        const bool inside = Addressing::meets(p_.correlation, pixel, position_);
+        ptx::cp_async<OFFSET>(to + copy_at_, x_ + (inside ? pixel.offset + position_.offset : 0),
+                              inside ? x_bytes_ : 0);
+      } else {
+        ptx::cp_async<OFFSET>(to + copy_at_, x_from_, x_bytes_);
+        x_from_ += STEP * p_.x_strides[0];
+      }
+    });
+  }
+
+  // The others; what only they need is computed here, for registers are few.
+
   __device__ void load_dy(uint8_t *tile, int first_pixel) const {
+    const T *dy = dy_of(p_, in_register(group_));
 #pragma unroll
-    for (int row = thread_ / DY_CHUNKS; row < E::TILE_DEPTH; row += Tile::THREADS / DY_CHUNKS) {
+    for (int row = thread_ / CHUNKS; row < E::TILE_DEPTH; row += Tile::THREADS / CHUNKS) {
       const int pixel = first_pixel + row;
-      const T *from = dy_ + Addressing::out_offset(p_.correlation, p_.dy_strides, min(pixel, p_.pixels - 1));
-      copy_chunk<T>(tile + Gradient::offset(row, thread_ % DY_CHUNKS), p_.vector_dy,
-                    pixel < p_.pixels ? min(p_.features - feature_, E::IN_CHUNK) : 0, dy_,
+      const T *from = dy + Addressing::out_offset(p_.correlation, p_.dy_strides, min(pixel, p_.pixels - 1));
+      copy_chunk<T>(tile + Gradient::offset(row, thread_ % CHUNKS), p_.vector_dy,
+                    pixel < p_.pixels ? min(p_.features - feature_, E::IN_CHUNK) : 0, dy,
                     [&](int e) { return from + (feature_ + e) * p_.dy_strides[1]; });
     }
   }
 
   __device__ void load_x(uint8_t *tile, int first_pixel) const {
     const Correlation &c = p_.correlation;
+    const T *x = x_of(p_, in_register(group_));
+    const int column = in_register(column_);
+    const int columns = in_register(p_.channels) * taps_of(c);
+    const auto at = Addressing::position(c, p_.x_strides, min(column, columns - 1));
 #pragma unroll
-    for (int row = thread_ / X_CHUNKS; row < E::TILE_DEPTH; row += Tile::THREADS / X_CHUNKS) {
+    for (int row = thread_ / CHUNKS; row < E::TILE_DEPTH; row += Tile::THREADS / CHUNKS) {
       const bool exists = first_pixel + row < p_.pixels;
       const auto pixel = Addressing::pixel(c, p_.x_strides, min(first_pixel + row, p_.pixels - 1));
-      uint8_t *to = tile + Activation::offset(row, thread_ % X_CHUNKS);
+      uint8_t *to = tile + Activation::offset(row, thread_ % CHUNKS);
       if (p_.vector_x) {
         // Its elements have one tap: they lie inside together.
-        const int inside = exists && Addressing::meets(c, pixel, position_) ? min(columns_ - column_, E::IN_CHUNK) : 0;
-        copy_chunk<T>(to, true, inside, x_, [&](int) { return x_ + pixel.offset + position_.offset; });
+        const int inside = exists && Addressing::meets(c, pixel, at) ? min(columns - column, E::IN_CHUNK) : 0;
+        copy_chunk<T>(to, true, inside, x, [&](int) { return x + pixel.offset + at.offset; });
       } else {
 #pragma unroll 1
         for (int e = 0; e < E::IN_CHUNK; ++e) {
-          const auto here = Addressing::position(c, p_.x_strides, min(column_ + e, columns_ - 1));
-          const bool inside = exists && column_ + e < columns_ && Addressing::meets(c, pixel, here);
-          reinterpret_cast<T *>(to)[e] = inside ? x_[pixel.offset + here.offset] : T(0.0f);
+          const auto here = Addressing::position(c, p_.x_strides, min(column + e, columns - 1));
+          const bool inside = exists && column + e < columns && Addressing::meets(c, pixel, here);
+          reinterpret_cast<T *>(to)[e] = inside ? x[pixel.offset + here.offset] : T(0.0f);
         }
       }
     }
@@ -280,66 +357,55 @@ private:
 
   // Main loop.
 
-  __device__ void multiply(Sums &sums, int stage) const {
-    const uint32_t from = ptx::shared_address(shared_ + stage * STAGE_BYTES);
-#pragma unroll
-    for (int s = 0; s < E::TILE_DEPTH / E::MMA_DEPTH; ++s) {
+  __device__ void multiply(Sums &sums, uint32_t stage) const {
+    const uint32_t rows_at = stage + rows_at_, columns_at = stage + columns_at_;
+    unrolled<E::TILE_DEPTH / E::MMA_DEPTH>([&](auto s) {
       uint32_t rows[Tile::DOWN][4];
-#pragma unroll
-      for (int down = 0; down < Tile::DOWN; ++down) {
-        Gradient::first_operand(rows[down], from, warp_row_ + 16 * down, s, lane_);
+      unrolled<Tile::DOWN>([&](auto down) {
+        Gradient::template first_operand<s, down>(rows[down], rows_at);
 #pragma unroll
         for (int r = 0; r < 4; ++r)
           rows[down][r] = operand<T>(rows[down][r]);
-      }
-      multiply_add<T, Tile, Activation>(sums, rows, from + Gradient::BYTES, warp_column_, s, lane_);
-    }
+      });
+      multiply_add<T, Tile, Activation, s>(sums, rows, columns_at);
+    });
   }
 
   // Epilogue: 16 rows of each warp at a time through shared memory, then 16 bytes of every gradient a thread.
 
   __device__ void finish(const Sums &sums, Finishing &finish) const {
     const auto *staged = reinterpret_cast<const float *>(shared_);
-    const int chunk = thread_ % Finishing::CHUNKS * E::IN_CHUNK;
+    const int thread = in_register(threadIdx.x); // what follows from it takes no registers in the main loop
+    const int chunk = thread % Finishing::CHUNKS * E::IN_CHUNK;
 #pragma unroll
     for (int down = 0; down < Tile::DOWN; ++down) {
       if (down > 0)
         __syncthreads();
-      stage_sums(sums, down);
+      stage_sums(sums, down, thread / 32, thread % 32);
       __syncthreads();
 #pragma unroll 1
-      for (int at = thread_ / Finishing::CHUNKS; at < STAGED_ROWS; at += Finishing::ROWS_AT_ONCE) {
+      for (int at = thread / Finishing::CHUNKS; at < STAGED_ROWS; at += Finishing::ROWS_AT_ONCE) {
         const int row = at / 16 * Tile::WARP_ROWS + 16 * down + at % 16; // of the tile
         float sum[E::IN_CHUNK];
-#pragma unroll
-        for (int e = 0; e < E::IN_CHUNK; e += 4)
-          *reinterpret_cast<float4 *>(sum + e) = *reinterpret_cast<const float4 *>(staged + at * PITCH + chunk + e);
+        read_chunk<T>(sum, staged + at * PITCH + chunk, thread % 32);
         if (p_.splits == 1)
           finish.chunk(row, sum);
-        else if (first_row_ + row < p_.features)
-          store_share(row, chunk, sum);
+        else
+          finish.share(split_, row, sum);
       }
     }
   }
 
-  __device__ void stage_sums(const Sums &sums, int down) const {
+  __device__ void stage_sums(const Sums &sums, int down, int warp, int lane) const {
     auto *staged = reinterpret_cast<float *>(shared_);
 #pragma unroll
     for (int across = 0; across < Tile::ACROSS; ++across)
 #pragma unroll
       for (int r = 0; r < 4; r += 2) {
-        const int row = warp_ / Tile::WARPS_OVER_COLUMNS * 16 + lane_ / 4 + r / 2 * 8;
-        *reinterpret_cast<float2 *>(staged + row * PITCH + warp_column_ + 8 * across +
-                                    lane_ % 4 * 2) = {sums[down][across][r], sums[down][across][r + 1]};
+        const int row = warp / Tile::WARPS_OVER_COLUMNS * 16 + lane / 4 + r / 2 * 8;
+        *reinterpret_cast<float2 *>(staged + row * PITCH + warp % Tile::WARPS_OVER_COLUMNS * Tile::WARP_COLUMNS +
+                                    8 * across + lane % 4 * 2) = {sums[down][across][r], sums[down][across][r + 1]};
       }
-  }
-
-  __device__ void store_share(int row, int chunk, const float (&sum)[E::IN_CHUNK]) const {
-    const int64_t channel = int64_t(group_) * p_.features + first_row_ + row;
-    auto *to = reinterpret_cast<float *>(p_.partial) +
-               (int64_t(split_) * p_.groups * p_.features + channel) * columns_ + first_column_ + chunk;
-    for (int e = 0; e < min(columns_ - first_column_ - chunk, E::IN_CHUNK); ++e)
-      to[e] = sum[e];
   }
 };
 
@@ -351,16 +417,16 @@ template <class T, class Tile, class Addressing> class WgradReductionKernel {
 public:
   using Params = Wgrad;
   static constexpr int MAX_THREADS = Tile::THREADS;
+  static constexpr int BLOCKS = 2;
   static constexpr LaunchFacts FACTS = {
       .threads = Tile::THREADS, .rows = Tile::ROWS, .columns = Tile::COLUMNS, .kept_bytes = Finishing::KEPT_BYTES};
 
   static __device__ void run(const Wgrad &p) {
-    const Tiles<Tile> tiles(p);
-    const int2 tile = tile_of(blockIdx.x, tiles.rows, tiles.columns);
+    const int2 tile = Tiles<Tile>(p).own();
     const int columns = p.channels * taps_of(p.correlation);
     const int column = tile.y * Tile::COLUMNS + int(threadIdx.x) % Finishing::CHUNKS * E::IN_CHUNK;
     const int64_t channels = int64_t(p.groups) * p.features;
-    Finishing finish = finish_of<T, Tile, Addressing>(p, tile, tiles);
+    Finishing finish = finish_of<T, Tile, Addressing>(p);
 #pragma unroll 1
     for (int row = threadIdx.x / Finishing::CHUNKS; row < Tile::ROWS; row += Finishing::ROWS_AT_ONCE) {
       const int feature = tile.x * Tile::ROWS + row;

@@ -46,3 +46,4 @@ for _op in OPS.values():
     _implement(_op)
 
 cpu.follow_selection()
+cuda.follow_selection()

@@ -85,6 +85,7 @@ class RecordStore:
         needed: whether nothing is used but what a record says to be right and fast; else a record only takes away.
         files: the kernels' sources, or their binary.
         build: what a build of them is known by instead, given a device: a binary differs with where it was made.
+        kinds: of convolutions, as ``records.describe`` says, those that the backend does not pass over by itself.
         compiler: what compiles them as they run, with its version; empty where nothing does.
     """
 
@@ -93,6 +94,7 @@ class RecordStore:
     files: Callable[[], Sequence[Path]]
     compiler: Callable[[], str] = str
     build: Callable[[torch.device], str] | None = None
+    kinds: tuple[str, ...] = ()
 
     def here(self, device: torch.device) -> Here:
         """What a record has to fit."""
@@ -113,6 +115,12 @@ class RecordStore:
     def lost(self, case: Case) -> str | None:
         """At how many of the measured sizes of ``case`` a rival is faster, in words; None where at none."""
         return _lost(self, *case)
+
+    def settles(self, case: Case) -> bool:
+        """Whether every call of ``case`` may go to the backend, whatever its size, its kind and the GPU it is on."""
+        if self.lost(case) is not None:
+            return False
+        return not self.needed or all(_settles_on(self, case, device) for device in _devices(case.device))
 
 
 @functools.cache
@@ -162,6 +170,14 @@ def _why_worse_on(store: RecordStore, op: str, device: torch.device, dtype: torc
         return "not measured" if store.needed else None
     best = min(points, key=lambda point: point.ratio)
     return f"slower than {best.fastest} at every measured size (x{best.ratio:.2f} at best)"
+
+
+def _settles_on(store: RecordStore, case: Case, device: torch.device) -> bool:
+    record, _ = find(store, device)
+    if record is None or _why_worse_on(store, case.op, device, case.dtype) is not None:
+        return False
+    measured = {point.kind for point in record.points_of(case.op, case.dtype_name)}
+    return "conv" not in case.op or measured.issuperset(store.kinds)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -200,7 +200,8 @@ def _accumulate(
 def served_by(backend: str, name: str, cases: tuple[Case, ...]) -> tuple[Case, ...]:
     """Those of ``cases`` that ``backend`` serves where ``name`` is asked for, its own calls' exceptions aside.
 
-    For ``auto`` not those of which its record says that a rival is faster at some sizes.
+    For ``auto`` not those of which its record says that a rival is faster at some sizes; nor, where it needs a record,
+    those of which it says nothing for a kind of call or for one of the GPUs.
     """
     key = (backend, name, cases)
     found = _served.get(key)
@@ -216,4 +217,4 @@ def _serves(backend: str, name: str, case: Case) -> bool:
         return False
     if chosen.name != backend:
         return False
-    return name != AUTO or chosen.record is None or chosen.record.lost(case) is None
+    return name != AUTO or chosen.record is None or chosen.record.settles(case)

@@ -122,6 +122,7 @@ CONV_LAYERS = (
     Problem(1, 16, 16, (3, 3), (14, 14), groups=32, padding=1),
     Problem(1, 1, 1, (7, 7), (14, 14), groups=384, padding=3),
     Problem(1, 64, 3, (7, 7), (112, 112), stride=2, padding=3),
+    Problem(1, 16, 16, (3, 3), (28, 28), groups=32, stride=2, padding=1),
 )
 """One image of a layer of ResNet, ResNeXt or ConvNeXt; the first six are one of each kind."""
 IMAGES = {"cpu": (2,), "cuda": (2, 64)}

@@ -1,4 +1,4 @@
-"""The CUDA backend's host side, which needs neither nvcc nor a GPU."""
+"""The CUDA backend's rules, which need neither nvcc nor a GPU; of what is launched tests/emulated has the tests."""
 
 from __future__ import annotations
 
@@ -13,47 +13,17 @@ import pytest
 import torch
 
 from building import cuda as building
-from rl_kernels._extension import FOLDER_VARIABLE, Extension
+from rl_kernels._extension import EXTENSION, FOLDER_VARIABLE, Extension
 from rl_kernels.backends.case import Case
-from rl_kernels.backends.cuda import BACKEND, configs, extension, params
+from rl_kernels.backends.cuda import BACKEND, configs, extension
 from rl_kernels.backends.cuda.backend import code_for
 from rl_kernels.backends.gpu.heuristics import A100, ADA, H100, Device, Work, shared_bytes
 from rl_kernels.ops.schema import OPS
-from rl_kernels.ops.values import Call
 from rl_kernels.qualify.problems import Problem, make_call
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
-
-
-def test_divisors_divide() -> None:
-    """Every quotient that kernels may ask for, by the arithmetic that they use."""
-    numbers = [
-        0,
-        1,
-        2,
-        3,
-        5,
-        6,
-        7,
-        31,
-        32,
-        33,
-        640,
-        641,
-        65535,
-        65536,
-        65537,
-        (1 << 30) - 1,
-        (1 << 31) - 2,
-        (1 << 31) - 1,
-    ]
-    for by in numbers[1:]:
-        divisor = params.Divisor.of(by)
-        assert divisor.multiplier < 1 << 32
-        for n in {*numbers, *(by * k + d for k in (1, 2, 3, 1000) for d in (-1, 0, 1) if by * k + d < 1 << 31)}:
-            quotient = n if divisor.divisor == 1 else n * divisor.multiplier >> (32 + divisor.shift)
-            assert quotient == n // by, (n, by)
+in_cpp = pytest.mark.skipif(EXTENSION.module is None, reason=f"the rules are in C++: {EXTENSION.missing}")
 
 
 @pytest.mark.parametrize("device", [A100, ADA, H100])
@@ -68,17 +38,7 @@ def test_stages_fit_shared_memory(dtype: torch.dtype, sources: int, device: Devi
     assert fitting[-1] == found[-1] and found[-1].stages == 4, "the smallest fits everywhere"
 
 
-def test_vectors_are_where_16_bytes_lie_together() -> None:
-    base = torch.zeros(64, 64, dtype=BF16)
-    assert params.is_vector(base) and params.is_vector(base[:, :37]) and params.is_vector(base[3:])
-    assert not params.is_vector(base.t()) and not params.is_vector(base[:, 1:]), "the address"
-    assert not params.is_vector(torch.zeros(64, 37, dtype=BF16)), "the rows"
-    assert params.is_vector(torch.zeros(1, 37, dtype=BF16)), "there is one row"
-    assert params.is_vector(base, 24) and not params.is_vector(base, 20), "chunks that would straddle two taps"
-    image = torch.zeros(2, 16, 5, 6, dtype=BF16)
-    assert not params.is_vector(image) and params.is_vector(image.to(memory_format=torch.channels_last))
-
-
+@in_cpp
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("problem", "dtype", "change", "expected"),
@@ -108,6 +68,7 @@ def test_refusals(op: str, problem: Problem, dtype: torch.dtype, change: dict[st
     assert reason is None if expected is None else expected in (reason or "")
 
 
+@in_cpp
 @pytest.mark.parametrize("op", [op for op in OPS if "conv" in op])
 def test_auto_takes_channels_last_convolutions_of_enough_channels(op: str) -> None:
     def said(**changes: Any) -> str | None:
@@ -119,6 +80,7 @@ def test_auto_takes_channels_last_convolutions_of_enough_channels(op: str) -> No
     assert said(out=1, within=1, groups=16) == "fewer than 16 channels a group"
 
 
+@in_cpp
 @pytest.mark.parametrize("op", [op for op in OPS if "linear" in op])
 def test_auto_takes_sources_that_lie_by_rows(op: str) -> None:
     call, case = make_call(Problem(4, 16, 16), op, BF16, CPU), Case(op, "cuda", BF16)
@@ -189,9 +151,11 @@ def test_what_a_build_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert building.made_of("13.0.88") != hashes[0]
     monkeypatch.undo()
     monkeypatch.setattr(building, "SOURCES", copies[1])
-    with (copies[1] / "mix.cuh").open("a") as file:
-        file.write("// Changed.")
-    assert building.made_of("13.0.88") != hashes[0]
+    for name in ("mix.cuh", "host/heuristics.cpp"):
+        before = building.made_of("13.0.88")
+        with (copies[1] / name).open("a") as file:
+            file.write("// Changed.")
+        assert building.made_of("13.0.88") != before
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -200,36 +164,3 @@ def test_qualification_runs_every_configuration(op: str) -> None:
     names = [name for name, _ in forced]
     table = configs.WGRADS if op.endswith("wgrad") else configs.PRODUCTS
     assert usual == "" and len({*names}) == len(names) == len(table) * len(configs.STAGES)
-
-
-def launches(monkeypatch: pytest.MonkeyPatch, call: Call) -> list[tuple[Any, ...]]:
-    """What a call would launch: kernel, grid, and bytes of shared memory."""
-    found: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(extension, "launch", lambda _, *launch: found.append(launch[:3]))
-    BACKEND.kernel(call.op)(*call.operands)
-    return found
-
-
-@pytest.mark.parametrize("way", ["", "_dgrad"])
-def test_the_kernel_that_is_chosen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def first(op: str, problem: Problem) -> str:
-        return str(launches(monkeypatch, make_call(problem, op + way, BF16, CPU))[0][0])
-
-    kind = "dgrad" if way else "forward"
-    assert first("mixed_linear", Problem(8, 64, 64)) == f"skinny_{kind}_pair_8_bf16"
-    assert first("mixed_linear", Problem(16, 64, 64, sources=3)) == f"skinny_{kind}_general_16_bf16"
-    assert first("mixed_linear", Problem(17, 64, 64)).startswith(f"linear_{kind}_pair_")
-    assert first("mixed_linear", Problem(2048, 2048, 512)) == f"linear_{kind}_pair_128x256_bf16"
-    layer = Problem(64, 32, 32, (3, 3), (56, 56), padding=1, layout="channels_last", biased=False)
-    assert first("mixed_conv", layer) == f"resident_{kind}_pair_32_bf16"
-    assert first("mixed_conv", dataclasses.replace(layer, batch=1)).startswith(f"conv_{kind}_pair_")
-    assert first("mixed_conv", dataclasses.replace(layer, kernel=(1, 1), padding=0)).startswith(f"linear_{kind}")
-
-
-@pytest.mark.parametrize("op", ["mixed_linear", "mixed_linear_dgrad"])
-def test_few_tokens_fill_the_device_once(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = make_call(Problem(4, 1024, 1024), op, BF16, CPU)
-    (kernel, (x, y, splits), shared), reduction = launches(monkeypatch, call)
-    assert configs.KERNELS[kernel].threads == 256
-    assert y == 1 and shared == 0 and splits > 1 and x * splits <= 2 * H100.multiprocessors
-    assert reduction[0] == "linear_reduce_bf16"

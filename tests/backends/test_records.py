@@ -203,6 +203,24 @@ def test_what_a_record_is_silent_on(cache: Path) -> None:
         assert store.worse(Case(OP, "cpu", torch.float16)) == reasons[1]
 
 
+def test_a_record_settles_what_it_has_every_kind_of(cache: Path) -> None:
+    """The fast path asks it for a case alone."""
+    conv, kinds = Case("mixed_conv", "cpu", torch.float32), ("dense channels_last", "grouped channels_last")
+
+    def settles(*kinds_won: tuple[str, bool], needed: bool = True) -> bool:
+        store = replace(planted(needed), kinds=kinds)
+        points = [replace(point(8, 0.5 if won else 1.5), op=conv.op, kind=kind) for kind, won in kinds_won]
+        found = record(*points)
+        put(cache, replace(found, verdicts=(replace(found.verdicts[0], op=conv.op),)), store)
+        return store.settles(conv)
+
+    first, second = ((kind, True) for kind in kinds)
+    assert settles(first, second) and settles(first, second, ("dense contiguous", True))
+    assert not settles(first) and not settles() and not settles(first, (kinds[1], False))
+    assert settles(first, needed=False) and settles(needed=False)
+    assert not settles(first, (kinds[1], False), needed=False)
+
+
 def test_nothing_is_read_at_import() -> None:
     program = (
         "import rl_kernels as rl, torch; from rl_kernels.backends import record_store\n"
@@ -240,6 +258,7 @@ def test_gpus_of_two_kinds_have_a_record_each(cache: Path, monkeypatch: pytest.M
         reasons.append(store.worse(gpus, call))
     assert reasons[0] is not None and reasons[0].startswith("failed its qualification")
     assert reasons[1] is None
+    assert not store.settles(gpus), "calls on the other one, too"
     (cache / record_store.file_name("planted", "sm_90")).unlink()
     record_store.forget()
     reason = store.worse(gpus)

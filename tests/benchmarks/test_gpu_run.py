@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import calls
 from benchmarks.gpu.session import Session, Stage
 from rl_kernels.nn import ReplacementLayer
 from tests.gpu.test_kernels import linear_and_conv
@@ -82,6 +83,12 @@ def test_the_layers_that_gpus_are_tested_with_have_their_sources_there() -> None
     parameters = [parameter for layer in layers for source in layer.sources for parameter in source.parameters()]
     assert len(parameters) == 8 and all(p.is_meta and p.dtype == torch.bfloat16 for p in parameters)
     assert all(layer.coefficients.is_meta for layer in layers)
+
+
+def test_the_kernels_are_built_with_what_calls_them(tmp_path: Path) -> None:
+    """The CUDA backend needs both extensions, and each takes its time to compile."""
+    stage = calls.build(calls.Where("cuda", "cuda", "triton", tmp_path))
+    assert [command[1:3] for command in stage.commands] == [["USE_CPP=1", "USE_CUDA=0"], ["USE_CPP=0", "USE_CUDA=1"]]
 
 
 def test_the_deadline_ends_what_runs(tmp_path: Path) -> None:

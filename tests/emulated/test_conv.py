@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl_kernels.backends.cuda import configs, resident
-from rl_kernels.backends.gpu.heuristics import A100, Config
+from rl_kernels.backends.cuda import configs
+from rl_kernels.backends.gpu.heuristics import Config
 from rl_kernels.qualify.problems import Problem
 from tests.emulated.backend import emulated
 from tests.emulated.exact import assert_exact
@@ -57,12 +57,11 @@ def test_large_tiles(op: str, config: Config) -> None:
 
 
 @pytest.mark.parametrize("op", OPS[:2])
-def test_few_channels_as_chosen(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_channels_as_chosen(op: str) -> None:
     """On a device so small that there are pixels enough for it."""
-    monkeypatch.setattr(resident, "device_of", lambda device: A100._replace(multiprocessors=1, shared_bytes=60 << 10))
     problem = Problem(2, 24, 24, (3, 3), (16, 15), padding=1, layout="channels_last")
     call = call_of(op, problem, BF16)
-    with emulated() as launched:
+    with emulated(facts=(80, 1, 60 << 10)) as launched:
         found = execute(call)
     assert_exact(call, found)
     assert [name.split("_")[0] for name in launched] == ["resident"]

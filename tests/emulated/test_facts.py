@@ -1,52 +1,55 @@
-"""What Python says of the kernels is what they say of themselves."""
+"""What the kernels say of themselves, and what Python and C++ plan by."""
 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch
 
-from rl_kernels.backends.cuda import BACKEND, configs, params
-from rl_kernels.backends.cuda.configs import KERNELS
+from rl_kernels.backends.cuda import BACKEND, configs
 from rl_kernels.backends.cuda.extension import EXTENSION, is_older_than_its_sources
-from rl_kernels.backends.gpu.heuristics import Work, shared_bytes
+from rl_kernels.backends.gpu.heuristics import Config, Work, shared_bytes
 from rl_kernels.ops.schema import OPS
 from rl_kernels.qualify.problems import Problem
 from tests.emulated.backend import recorded
 from tests.emulated.problems import call_of, execute
+from tests.emulated.structs import struct_of
 
-built = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     EXTENSION.module is None or is_older_than_its_sources(), reason="the CUDA extension is not built from these sources"
 )
 
 
-@built
-def test_facts() -> None:
-    registered = EXTENSION.module.kernels()
-    expected = {name: {**facts._asdict(), "params_bytes": params_of(name)} for name, facts in KERNELS.items()}
-    assert registered == expected
+def test_parameters_are_as_large_as_kernels_take() -> None:
+    kernels = EXTENSION.module.kernels()
+    assert kernels
+    for name, facts in kernels.items():
+        assert facts["params_bytes"] == ctypes.sizeof(struct_of(name)), name
 
 
-def params_of(kernel: str) -> int:
-    """The size of the struct that a kernel takes."""
-    if "wgrad" in kernel:
-        return ctypes.sizeof(params.WgradParams)
-    return ctypes.sizeof(params.ProductReductionParams if "reduce" in kernel else params.ProductParams)
+def test_the_library_is_small() -> None:
+    """Of whatever architectures it was built for, the default ones or fewer."""
+    assert Path(EXTENSION.module.__file__).stat().st_size < 20_000_000
 
 
 @pytest.mark.parametrize("dtype", configs.ELEMENTS)
-def test_estimates_go_by_the_shared_memory_that_is_taken(dtype: torch.dtype) -> None:
-    size, element = dtype.itemsize, configs.ELEMENTS[dtype]
+def test_tiles_are_those_of_the_kernels(dtype: torch.dtype) -> None:
+    """Each is one, of as many threads; and estimates go by the shared memory that is taken."""
+    kernels, size, element = EXTENSION.module.kernels(), dtype.itemsize, configs.ELEMENTS[dtype]
+
+    def check(config: Config, name: str, row_bytes: int, sources: int) -> None:
+        facts = kernels[f"{name}_{config.rows}x{config.columns}_{element}"]
+        assert facts["threads"] == 32 * config.warps and facts["depth_bytes"] == configs.STEP_BYTES
+        deep = config._replace(depth=configs.STEP_BYTES // size)
+        stage = facts["stage_bytes"] + sources * facts["source_bytes"]
+        assert shared_bytes(Work(1, 1, 1, row_bytes, size, 0, 1.0), deep) == deep.stages * stage
+
     for config in configs.PRODUCTS:
-        facts = KERNELS[f"linear_forward_pair_{config.rows}x{config.columns}_{element}"]
-        work = Work(1, 1, 1, 3 * size, size, 0, 1.0)
-        deep = config._replace(depth=configs.STEP_BYTES // size)
-        assert shared_bytes(work, deep) == deep.stages * (facts.stage_bytes + 3 * facts.source_bytes)
+        check(config, "linear_forward_pair", 3 * size, 3)
     for config in configs.WGRADS:
-        facts = KERNELS[f"conv_wgrad_{config.rows}x{config.columns}_{element}"]
-        deep = config._replace(depth=configs.STEP_BYTES // size)
-        assert shared_bytes(Work(1, 1, 1, size, size, 0, 1.0), deep) == deep.stages * facts.stage_bytes
+        check(config, "conv_wgrad", size, 0)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -59,10 +62,12 @@ def test_every_name_is_a_kernel(op: str, dtype: torch.dtype) -> None:
         sizes = ((16, 16), (32, 40), (64, 24), (80, 80))
         problems = [Problem(64, *size, (3, 3), (56, 56), padding=1, layout="channels_last") for size in sizes[:1]]
         problems += [Problem(1, *size, (3, 3), (6, 7), padding=1, layout="channels_last") for size in sizes]
+    kernels = EXTENSION.module.kernels()
     for problem in problems:
         for sources in (2, 3):
             call = call_of(op, Problem(**{**vars(problem), "sources": sources, "wanted": "last"}), dtype)
             for _, variant in BACKEND.variants(op, dtype):
                 with variant(), recorded() as launches:
                     execute(call)
-                assert launches and {launch.kernel for launch in launches} <= KERNELS.keys()
+                assert launches and {launch.kernel for launch in launches} <= kernels.keys()
+                assert all(launch.threads == kernels[launch.kernel]["threads"] for launch in launches)

@@ -36,7 +36,7 @@ def test_machine_code(file: str, element: str, arch: str, tmp_path: Path) -> Non
     assert {found.kernel for found in findings} == kernels.keys()
     assert [found for found in findings if found.products or found.hazards] == []
     for name, code in kernels.items():
-        if "reduce" in name:
+        if "reduce" in name or name.startswith("finish"):
             continue
         assert MATRIX_INSTRUCTION[element] in code, name
         assert "LDL" not in code and "STL" not in code, name

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.backends.cuda import conv, linear
+from rl_kernels.backends.cuda import kernels
 from rl_kernels.backends.gpu.heuristics import use_config
-from rl_kernels.backends.gpu.operands import GradientBuffers
 from rl_kernels.ops.schema import OPS
-from rl_kernels.ops.values import Call, Recipe, Wanted
+from rl_kernels.ops.values import Call, Wanted
 from rl_kernels.qualify.problems import Problem
 from tests.emulated.backend import emulated
 from tests.emulated.exact import assert_exact, assert_near, results
@@ -55,7 +54,10 @@ def assert_added(call: Call, splits: int = 1) -> None:
     before = [None if buffer is None else buffer.clone() for buffer in into]
     with use_config(SMALL, splits), emulated() as launched:
         found = execute(call)
-    assert len(launched) == call.wanted.product * (1 + (splits > 1)), "a product that nothing asked for"
+    products = [name for name in launched if not name.startswith("finish")]
+    assert len(products) == call.wanted.product * (1 + (splits > 1)), "a product that nothing asked for"
+    sums = [name for name in launched if name.startswith("finish_sums")]
+    assert len(sums) == call.wanted.sums(call.recipe), "a sum that nothing asked for"
     whole = call._replace(wanted=Wanted([True] * len(into), call.wanted.coefficients, call.wanted.biases), into=None)
     expected = results(whole)
     for j, want in enumerate(call.wanted.weights):
@@ -120,25 +122,27 @@ def test_every_combination_of_gradients(op: str, number: int, wanted: tuple[bool
 
 
 class WithoutInto:
-    """Gradients' buffers for an op that drops ``into``."""
+    """C++ for an op that drops ``into``."""
 
-    @staticmethod
-    def of(like: Any, recipe: Recipe, wanted: Wanted, into: Sequence[Tensor | None] | None) -> GradientBuffers:
-        return GradientBuffers.of(like, recipe, wanted, None)
+    def __init__(self, module: Any):
+        self.module = module
+
+    def wgrad(self, dy: Tensor, x: Tensor, recipe: Any, wanted: Any, geometry: Any, into: Any, settings: Any) -> Any:
+        return self.module.wgrad(dy, x, recipe, wanted, geometry, None, settings)
 
 
-class WithoutWanted:
-    """Gradients' buffers for an op that computes all gradients of sources."""
+class WithoutWanted(WithoutInto):
+    """C++ for an op that computes all gradients of sources."""
 
-    @staticmethod
-    def of(like: Any, recipe: Recipe, wanted: Wanted, into: Sequence[Tensor | None] | None) -> GradientBuffers:
-        return GradientBuffers.of(like, recipe, wanted._replace(weights=[True] * len(recipe.weights)), into)
+    def wgrad(self, dy: Tensor, x: Tensor, recipe: Any, wanted: Any, geometry: Any, into: Any, settings: Any) -> Any:
+        every = wanted._replace(weights=[True] * len(recipe.weights))
+        return self.module.wgrad(dy, x, recipe, every, geometry, into, settings)
 
 
 @pytest.mark.parametrize("op", WGRADS)
 @pytest.mark.parametrize("fault", [WithoutInto, WithoutWanted])
-def test_a_dropped_option_is_caught(op: str, fault: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear if "linear" in op else conv, "GradientBuffers", fault)
+def test_a_dropped_option_is_caught(op: str, fault: type[WithoutInto], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_C", fault(kernels._C))
     call = wgrad_of(op)
     with pytest.raises(AssertionError):
         assert_added(call._replace(wanted=Wanted([True, False], True, [True, True])))

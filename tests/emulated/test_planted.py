@@ -24,7 +24,12 @@ def padded_conv(op: str, **options: Any) -> None:
     run(op, CONV, BF16, **options)
 
 
-SWAPPED = "offset(first + lane % 16, 2 * step + lane / 16)"
+def wide_conv(op: str, **options: Any) -> None:
+    """Steps that lie within a tap."""
+    run(op, Problem(2, 32, 32, (3, 3), (5, 6), padding=1, layout="channels_last"), BF16, **options)
+
+
+SWAPPED = "offset(first + lane % 16, lane / 16)"
 
 
 FAULTS: dict[str, tuple[Callable[..., object], str, str, str, str]] = {
@@ -63,9 +68,28 @@ FAULTS: dict[str, tuple[Callable[..., object], str, str, str, str]] = {
         odd_linear,
         "mixed_linear_dgrad",
         "tile.cuh",
-        "offset(row, first / 8 + lane / 8 % 2)",
-        "offset(row ^ 4, first / 8 + lane / 8 % 2)",
+        "offset(lane / 16 * 8 + lane % 8, first / 8 + lane / 8 % 2)",
+        "offset(lane / 16 * 8 + (lane % 8 ^ 4), first / 8 + lane / 8 % 2)",
     ),
+    "swizzle bit of a step": (
+        odd_linear,
+        "mixed_linear",
+        "tile.cuh",
+        "16 * DOWN * STEP_BYTES>(to, at ^ 2 * STEP * CHUNK_BYTES)",
+        "16 * DOWN * STEP_BYTES>(to, at)",
+    ),
+    "halves of a chunk": (odd_linear, "mixed_linear", "tile.cuh", "from + (swapped ? 4 : 0)", "from"),
+    "step of the pointers": (odd_linear, "mixed_linear", "product.cuh", "pixels_[i] += E::TILE_DEPTH", ""),
+    "step of the pointers of wgrad": (
+        odd_linear,
+        "mixed_linear_wgrad",
+        "wgrad.cuh",
+        "x_from_ += STEP * p_.x_strides[0]",
+        "x_from_ += p_.x_strides[0]",
+    ),
+    "tap kept": (wide_conv, "mixed_conv", "product.cuh", "if (channel_ >= p_.channels) {", "if (first_k == 0) {"),
+    "padding copied": (wide_conv, "mixed_conv", "product.cuh", "inside ? CHUNK_BYTES : 0", "CHUNK_BYTES"),
+    "padding copied by wgrad": (wide_conv, "mixed_conv_wgrad", "wgrad.cuh", "inside ? x_bytes_ : 0", "x_bytes_"),
     "mask of the epilogue removed": (
         odd_linear,
         "mixed_linear",

@@ -9,14 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.backends.cuda import resident
-from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.gpu.convolution import Correlation, phases
 from rl_kernels.backends.gpu.heuristics import cdiv
-from rl_kernels.backends.gpu.operands import StridedRecipe
 from rl_kernels.ops.shapes import conv_output_size
-from rl_kernels.ops.values import Geometry, Recipe
-from tests.emulated.backend import Edit, emulated
+from rl_kernels.ops.values import Geometry
+from tests.emulated.backend import Edit, emulated, multiply
 from tests.emulated.exact import assert_near, mixed, operand
 from tests.emulated.machine.memory import Fault
 from tests.emulated.test_skinny import BF16, F16, F32
@@ -66,30 +62,29 @@ class Problem:
 
     def forward(self, blocks: int = 2, **launch: Any) -> Tensor:
         y = torch.full_like(self.dy, torch.nan)
-        correlation = Correlation.of_forward(self.x, y, self.weights[0], self.geometry)
-        recipe = StridedRecipe(Recipe(self.weights, self.coefficients, self.biases))
-        self.multiply(Product("mixed_conv", y, self.x, recipe, correlation, self.geometry.groups), blocks, **launch)
+        self.multiply(y, self.x, self.biases, False, blocks, **launch)
         return y
 
     def dgrad(self, blocks: int = 2, **launch: Any) -> Tensor:
         dx = torch.full_like(self.x, torch.nan)
-        for pixels, taps, shifts, steps in phases(self.weights[0].shape[2:], self.geometry):
-            target = dx[(slice(None), slice(None), *pixels)]
-            if target.numel() == 0:
-                continue
-            weights = [weight[(slice(None), slice(None), *taps)] for weight in self.weights]
-            correlation = Correlation.of(self.dy, target, weights[0], shifts, steps, [1] * len(steps))
-            recipe, groups = StridedRecipe(Recipe(weights, self.coefficients)), self.geometry.groups
-            product = Product("mixed_conv_dgrad", target, self.dy, recipe, correlation, groups, transposed=True)
-            self.multiply(product, blocks, **launch)
+        self.multiply(dx, self.dy, None, True, blocks, **launch)
         return dx
 
     def multiply(
-        self, product: Product, blocks: int, seed: int = 0, late: bool | None = None, edit: Edit | None = None
+        self,
+        out: Tensor,
+        activation: Tensor,
+        biases: list[Tensor] | None,
+        transposed: bool,
+        blocks: int,
+        seed: int = 0,
+        late: bool | None = None,
+        edit: Edit | None = None,
     ) -> None:
+        recipe = self.weights, self.coefficients, biases
         with emulated(seed, late, edit) as launched:
-            resident.multiply(product, resident.Plan(blocks, self.stages))
-        assert launched[0].startswith("resident")
+            multiply(out, activation, recipe, transposed, self.geometry, resident=(blocks, self.stages))
+        assert launched and all(name.startswith("resident") for name in launched)
 
     @property
     def y(self) -> Tensor:

@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_kernels.backends.cuda import skinny
-from rl_kernels.backends.cuda.product import Product
-from rl_kernels.backends.gpu.convolution import Correlation
 from rl_kernels.backends.gpu.heuristics import cdiv
-from rl_kernels.backends.gpu.operands import StridedRecipe
-from rl_kernels.ops.values import Recipe
-from tests.emulated.backend import Edit, emulated
+from tests.emulated.backend import Edit, emulated, multiply
 from tests.emulated.exact import assert_near, mixed, operand
 from tests.emulated.machine.memory import Fault
 
@@ -53,12 +48,9 @@ class Problem:
 
     def run(self, splits: int = 1, seed: int = 0, edit: Edit | None = None) -> Tensor:
         """The result, by the kernel that serves the problem."""
-        correlation = Correlation.of_linear(self.activation, self.out, self.weights[0])
-        recipe = StridedRecipe(Recipe(self.weights, self.coefficients, self.biases))
-        op = "mixed_linear_dgrad" if self.transposed else "mixed_linear"
+        recipe = self.weights, self.coefficients, self.biases
         with emulated(seed, edit=edit) as launched:
-            product = Product(op, self.out, self.activation, recipe, correlation, transposed=self.transposed)
-            skinny.multiply(product, splits)
+            multiply(self.out, self.activation, recipe, self.transposed, None, skinny_splits=splits)
         assert launched[0].startswith("skinny")
         return self.out
 

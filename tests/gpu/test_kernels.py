@@ -122,6 +122,21 @@ def test_beyond_32_bits(name: str) -> None:
     assert not y[:-1].any()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_another_device(name: str) -> None:
+    """Kernels run on the operands' device, whose current stream they are queued on, whatever the current device."""
+    weights = [torch.randn(64, 48, device="cuda:1", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    coefficients = torch.tensor([0.5, 0.5], device="cuda:1", requires_grad=True)
+    x = torch.randn(40, 48, device="cuda:1", dtype=torch.bfloat16)
+    expected = x.float() @ (weights[0].float() / 2 + weights[1].float() / 2).t()
+    with rl.use_backend(name), torch.cuda.device(0):
+        y = rl.functional.mixed_linear(x, weights, coefficients)
+        y.sum().backward()
+        assert torch.cuda.current_device() == 0
+    assert y.device == x.device and weights[0].grad is not None
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=0.5)
+
+
 def test_another_stream(name: str) -> None:
     """Kernels run on the current stream."""
     weights = [torch.randn(512, 512, device="cuda", dtype=torch.bfloat16) for _ in range(2)]

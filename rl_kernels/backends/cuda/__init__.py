@@ -1,13 +1,13 @@
 """The CUDA C++ kernels (``csrc/cuda``): for NVIDIA GPUs of compute capability 8.0 and later.
 
 * ``backend.py``: what they can run, and what others do better; it ends in ``BACKEND``.
-* ``linear.py``, ``conv.py``: the ops, and which of the following serves a call.
-* ``product.py``: forward and dgrad of any size; ``skinny.py``: of few tokens; ``resident.py``: of convolutions of few
-  channels. ``wgrad.py``: the gradients of sources and coefficients.
-* ``params.py``: the structs that kernels take; ``configs.py``: what a launch has to know of each kernel, and the tiles
-  to choose among; ``extension.py``: the extension ``rl_kernels._cuda`` and the launch.
+* ``kernels.py``: the ops, which C++ runs (``csrc/bindings/cuda``) and plans (``csrc/cuda/host``).
+* ``fast_path.py``: keeps the fast path, which asks no backend, to what the selection says.
+* ``configs.py``: the tiles to choose among, where Python chooses.
+* ``extension.py``: the library ``rl_kernels/_cuda.so``, found and opened; ``library.py``: its C interface.
 """
 
 from rl_kernels.backends.cuda.backend import BACKEND
+from rl_kernels.backends.cuda.fast_path import follow_selection
 
-__all__ = ["BACKEND"]
+__all__ = ["BACKEND", "follow_selection"]

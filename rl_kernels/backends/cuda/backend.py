@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rl_kernels import _extension
 from rl_kernels.backends.case import Case
 from rl_kernels.backends.contract import Backend, Variants, kernels_in
 from rl_kernels.backends.cuda import configs, extension
-from rl_kernels.backends.cuda.params import MAX_SOURCES
 from rl_kernels.backends.gpu import heuristics
 from rl_kernels.backends.gpu.operands import IEEE, arithmetic
 from rl_kernels.backends.record_store import RecordStore
 from rl_kernels.ops.values import Call
 
 CAPABILITY = (8, 0)
-MAX_GROUPS = (1 << 16) - 1
-"""How many blocks the second dimension of a grid can have."""
-MAX_COUNT = (1 << 31) - 512
-"""How many pixels or channels 31 bits count, with room for a tile past the last."""
-LEAST_CHANNELS = 16
-"""The fewest input and output channels of a group for ``auto``: products of fewer are mostly padding."""
+KINDS = tuple(f"{kind} channels_last{strided}" for kind in ("dense", "grouped") for strided in ("", " strided"))
+
+_C: Any = getattr(_extension.EXTENSION.module, "cuda", None)
 
 
 def _files() -> list[Path]:
@@ -71,24 +68,14 @@ def _why_not_device(device: torch.device) -> str | None:
     return None
 
 
-def _largest_count(call: Call) -> int:
-    """The largest number of pixels, or of positions of the sum, that kernels count."""
-    out, within, *taps = call.recipe.weights[0].shape
-    x, geometry = call.activation, call.geometry
-    counts = [x.numel() // max(1, x.shape[-1 if geometry is None else 1]), max(out, within) * math.prod(taps)]
-    if call.input_size is not None:
-        counts.append(math.prod(call.input_size) // max(1, call.input_size[1]))
-    return max(counts)
-
-
 class Cuda(Backend):
     """The CUDA C++ kernels."""
 
     name = "cuda"
     summary = "CUDA C++: the fragments of the sources are mixed in registers for mma.sync"
-    kernels = kernels_in(linear="rl_kernels.backends.cuda.linear", conv="rl_kernels.backends.cuda.conv")
+    kernels = kernels_in(linear="rl_kernels.backends.cuda.kernels", conv="rl_kernels.backends.cuda.kernels")
     accumulates = True
-    record = RecordStore("cuda", needed=True, files=_files, compiler=_compiler, build=_build)
+    record = RecordStore("cuda", needed=True, files=_files, compiler=_compiler, build=_build, kinds=KINDS)
 
     def why_not(self, case: Case) -> str | None:
         """The device, the dtype, or that there is no extension."""
@@ -99,42 +86,28 @@ class Cuda(Backend):
         return extension.EXTENSION.missing
 
     def why_not_call(self, call: Call) -> str | None:
-        """The recipe's types and number of sources, torch's switch for TF32, sizes, or the age of the GPU."""
+        """Types, sources and sizes, as C++ finds them (``csrc/bindings/cuda/rules.cpp``), TF32, or the GPU's age."""
         activation, recipe = call.activation, call.recipe
-        if len(recipe.weights) > MAX_SOURCES:
-            return f"more than {MAX_SOURCES} sources"
-        for weight in recipe.weights:
-            if weight.dtype != activation.dtype:
-                return f"sources in {_name(weight.dtype)} under {_name(activation.dtype)}"
-        if recipe.coefficients.dtype != torch.float32:
-            return f"coefficients in {_name(recipe.coefficients.dtype)}"
+        reason = _C.why_not(activation, recipe.weights, recipe.coefficients, call.input_size or (), call.geometry)
+        if reason is not None:
+            return str(reason)
         if arithmetic(activation.dtype, call.geometry is not None) == IEEE:
             return "torch's switch for TF32 is off, and float32 is multiplied as nothing else"
-        if _largest_count(call) >= MAX_COUNT:
-            return "more than 2^31 - 512 pixels or channels"
-        if call.geometry is not None and call.geometry.groups > MAX_GROUPS:
-            return f"more than {MAX_GROUPS} groups"
         return _why_not_device(activation.device) if activation.is_cuda else None
 
     def worse(self, case: Case, call: Call | None = None) -> str | None:
         """Channels that do not lie together, of which 16 bytes cannot be copied at once, or few of them."""
         if call is None:
             return None
-        weights = call.recipe.weights
-        if call.geometry is None:
-            return None if all(weight.stride(1) == 1 for weight in weights) else "sources lie by columns"
-        out, within = weights[0].shape[:2]
-        if min(within, out // call.geometry.groups) < LEAST_CHANNELS:
-            return f"fewer than {LEAST_CHANNELS} channels a group"
-        tensors = (call.activation, *weights) if call.x is None else (call.activation, *weights, call.x)
-        return None if all(tensor.stride(1) == 1 for tensor in tensors) else "needs channels_last"
+        reason = _C.worse(call.activation, call.x, call.recipe.weights, call.geometry)
+        return None if reason is None else str(reason)
 
     def exceptions(self, case: Case) -> str | None:
         """The number of sources, and of convolutions what ``worse`` says."""
-        few = f"not more than {MAX_SOURCES} sources"
+        few = "not more than 4 sources"
         if "conv" not in case.op:
             return few
-        return f"{few}, fewer than {LEAST_CHANNELS} channels a group or anything but channels_last"
+        return f"{few}, fewer than 16 channels a group or anything but channels_last"
 
     def variants(self, op: str, dtype: torch.dtype) -> Variants:
         """As the heuristic chooses, and in every configuration and number of stages that two sources leave room for."""
@@ -149,10 +122,6 @@ class Cuda(Backend):
                     splits = 3 if stages == configs.STAGES[-1] else 1
                     name = f"configuration {'x'.join(map(str, each))}, {splits} splits"
                     yield name, functools.partial(heuristics.use_config, each, splits)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 BACKEND = Cuda()

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from rl_kernels._extension import without_fast_path
+
 WORKSPACE_BYTES = 32 << 20
 """Bytes, at most, that a call takes for the partial sums of a split reduction."""
 
@@ -43,13 +45,23 @@ H100 = Device(132, 227 << 10, 2048, 40, True)
 
 
 class Config(NamedTuple):
-    """A program's tile, (rows, columns) of the result by ``depth`` of the sum, and how it runs."""
+    """A program's tile, (rows, columns) of the result by ``depth`` of the sum, and how it runs.
+
+    Attributes:
+        rows: of the result.
+        columns: of the result.
+        depth: of the sum, that a step takes.
+        warps: of a program.
+        stages: of its pipeline.
+        resident: the most programs that a multiprocessor has at once, for its registers' or other reasons.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    resident: int = 4
 
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -116,7 +128,8 @@ def use_config(config: Config, splits: int = 1) -> Iterator[None]:
     global _forced
     previous, _forced = _forced, (config, splits)
     try:
-        yield
+        with without_fast_path():  # which chooses by itself
+            yield
     finally:
         _forced = previous
 
@@ -126,13 +139,19 @@ def forced() -> tuple[Config, int] | None:
     return _forced
 
 
+def is_told() -> bool:
+    """Whether ``choose`` does more than estimate: a configuration is forced, a table is in use, or works are noted."""
+    return _forced is not None or bool(_table) or _seen is not None
+
+
 @contextlib.contextmanager
 def use_table(table: Table) -> Iterator[None]:
     """Inside, take configurations from ``table`` where it has the work and the device."""
     global _table
     previous, _table = _table, {**_table, **table}
     try:
-        yield
+        with without_fast_path():
+            yield
     finally:
         _table = previous
 
@@ -143,7 +162,8 @@ def recording() -> Iterator[dict[tuple[Work, Device], tuple[Config, ...]]]:
     global _seen
     previous, _seen = _seen, {}
     try:
-        yield _seen
+        with without_fast_path():
+            yield _seen
     finally:
         _seen = previous
 
@@ -159,7 +179,7 @@ def estimate(work: Work, config: Config, splits: int, device: Device) -> float:
     tiles = work.repeats * math.ceil(work.rows / config.rows) * math.ceil(work.columns / config.columns)
     steps = _steps(work, config, splits)
     step = max(limits(work, config, device).values())
-    resident = max(1, min(4, device.shared_bytes // max(1, shared_bytes(work, config))))
+    resident = max(1, min(config.resident, device.shared_bytes // max(1, shared_bytes(work, config))))
     waves = math.ceil(tiles * splits / (device.multiprocessors * resident))
     # Programs that share a multiprocessor take turns on what binds them, and hide each other's start.
     time = waves * (resident * steps * step + START)
