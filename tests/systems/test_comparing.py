@@ -117,7 +117,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_holds_everything(runs):
-    write(runs / "<b>odd & named</b>" / "seed-0", 0.5, 0)
+    write(runs / "<b>odd & named" / "seed-0", 0.5, 0)
     found = CliRunner().invoke(main, ["report", str(runs)])
     assert found.exit_code == 0, found.output
     page = Page()
@@ -132,7 +132,7 @@ def test_the_page_holds_everything(runs):
         "model.name",
     ):
         assert words in page.text, words
-    assert "<b>odd & named</b>" in page.text
+    assert "<b>odd & named" in page.text
 
 
 def test_a_report_of_one_run(tmp_path):
