@@ -14,6 +14,7 @@ from torch import nn
 
 from rl_kernels.conversion import Plan, plan
 from rl_kernels.conversion.blocks import count
+from rl_kernels.conversion.options import Options
 from rl_kernels.conversion.targets import Targets
 from rl_kernels.conversion.walk import Slot, find
 from rl_kernels.conversion.zoo import build
@@ -63,7 +64,7 @@ def row(library: str, name: str) -> Row:
     except ValueError as error:
         reasons = str(error).partition("nothing can be replaced (")[2].rpartition("); expected")[0]
         return Row(name, size, 0.0, "none", "; ".join(reasons.split("; ")[:2]))
-    _, slots = find(model, Targets(None, "mixed", "scalar"), "auto")
+    _, slots = find(model, Targets(None, "mixed", "scalar"), "auto", Options())
     replaced = f"{len(made.replaced)} of {made.blocks} {made.level}s"
     return Row(name, size, 100 * made.saved / size, replaced, "; ".join(_rest(model, made, slots)))
 

@@ -41,7 +41,12 @@ def _errors_in_words() -> Iterator[None]:
 @click.command("train")
 @click.argument("system")
 @click.option("--preset", help="A named config of the system; see --list.")
-@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), help="A YAML file over the preset.")
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A YAML file over the preset.",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field over both. Repeatable.")
 @click.option("--data", metavar="NAME|PATH", help="As --set data.name=.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Train so many, from the config's seed on, a folder each.")

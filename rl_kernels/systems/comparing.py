@@ -92,7 +92,7 @@ def load_groups(folders: Iterable[Path]) -> list[Group]:
     """Read runs: each folder is a run, or holds runs (of several seeds), or folders of those.
 
     Raises:
-        RunError: a folder without a finished run, or groups of one name.
+        RunError: a folder without a finished run, groups of one name, or of several systems or data sets.
     """
     groups: list[Group] = []
     for folder in folders:
@@ -101,6 +101,13 @@ def load_groups(folders: Iterable[Path]) -> list[Group]:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise RunError(f"compare: two groups are called {', '.join(twice)}: rename a folder")
+    for group in groups[1:]:
+        mine, first = group.runs[0].run, groups[0].runs[0].run
+        for what in ("system", "data"):
+            if mine[what] != first[what]:
+                raise RunError(
+                    f"compare: {group.label} is of another {what} than {groups[0].label}: {mine[what]}, {first[what]}"
+                )
     return groups
 
 
@@ -198,6 +205,8 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 
 def _points(against: Difference) -> str:
+    if against.low is None:
+        return f"{100 * against.mean:+.2f} (one pair)"
     return f"{100 * against.mean:+.2f}" + ("" if against.seen else " (inside the noise)")
 
 

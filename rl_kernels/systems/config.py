@@ -6,6 +6,7 @@ jsonargparse checks types and refuses keys that do not exist; what a value must 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,8 @@ class Data:
         name: of the registry, or a folder of images: ``FOLDER/train/CLASS/*.png`` and ``FOLDER/test`` or ``val``.
         root: where torchvision's sets lie; None for ``$RL_KERNELS_DATA``, or ``~/.cache/rl_kernels/data``.
         download: fetch a set of torchvision's that is not there.
-        size: height and width that images are resized to; None leaves them.
+        size: height and width that images are resized to; None leaves those of a set alone, and takes 224 for files
+            (of which the middle is taken, at 256/224 of that size, where they are not cropped at random).
         augmentation: of training images: ``"crop"`` (padded by an eighth, moved), ``"crop-flip"``, ``"trivial"``
             (TrivialAugmentWide after crop-flip), ``"resized-crop"`` (ImageNet's, with flips), ``"none"``.
         mixup: alpha of mixup; 0 for none.
@@ -112,7 +114,7 @@ class Runtime:
         accelerator: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
         devices: processes, one a device.
         strategy: ``"auto"``, ``"ddp"``, or ``"fsdp2"`` (``rl_kernels.distributed.shard``).
-        precision: Lightning Fabric's: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``, ``"bf16-true"``, ...
+        precision: Lightning Fabric's: of numbers, or ``"-mixed"`` by autocast.
         threads: of a process, on a CPU; None for torch's own choice.
         compile: run the model through ``torch.compile``.
         channels_last: keep images and filters in this order.
@@ -124,7 +126,7 @@ class Runtime:
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-    precision: str = "32-true"
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"] = "32-true"
     threads: int | None = None
     compile: bool = False
     channels_last: bool = False
@@ -256,7 +258,7 @@ def resolve(
         try:
             read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise ValueError(f"config: {path} is no YAML: {error}") from None
+            raise ValueError(f"config: {path} is no YAML: {_where(error)}") from None
         if not isinstance(read, dict):
             raise ValueError(f"config: {path} holds {type(read).__name__}, expected a mapping of fields to values")
         flat |= {_named(key, names): value for key, value in _flatten(read).items()}
@@ -267,7 +269,7 @@ def resolve(
         try:
             flat[_named(key.strip(), names)] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"set: {key}: {text!r} is no YAML: {error}") from None
+            raise ValueError(f"set: {key}: {text!r} is no YAML: {_where(error)}") from None
     return parse(kind, flat)
 
 
@@ -293,7 +295,7 @@ def parse(kind: type[C], values: Mapping[str, Any]) -> C:
     try:
         made = cast(C, parser.instantiate(parser.parse_object({"config": nested})).config)
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"config: {_short(str(error))}") from None
+        raise ValueError(f"config: {_in_words(str(error), kind, values)}") from None
     made.check()
     return made
 
@@ -331,7 +333,8 @@ def _named(key: str, names: Sequence[str]) -> str:
         return ending[0]
     if ending:
         raise ValueError(f"config: {key!r} may be {' or '.join(ending)}: write it in full")
-    near = difflib.get_close_matches(key, [*names, *(name.rpartition(".")[2] for name in names)], n=3)
+    known = dict.fromkeys([*names, *(name.rpartition(".")[2] for name in names)])
+    near = difflib.get_close_matches(key, known, n=3)
     hint = f"; near to it: {', '.join(near)}" if near else ""
     raise ValueError(f"config: there is no {key!r}{hint}")
 
@@ -345,7 +348,16 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _short(message: str) -> str:
-    """What jsonargparse says, without the names of its own parts."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return "; ".join(lines).replace("config.", "").replace('Parser key "config"', "value")
+def _where(error: Any) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: {error.problem}" if mark is not None else str(error)
+
+
+def _in_words(message: str, kind: type[Config], values: Mapping[str, Any]) -> str:
+    """Which field jsonargparse refuses, what came, and what its annotation says."""
+    found = re.search(r'Parser key "config\.([\w.]+)"', message)
+    types = fields_of(kind)
+    if found is None or found[1] not in types:
+        return "; ".join(line.strip() for line in message.splitlines() if line.strip()).replace("config.", "")
+    given = {_named(key, list(types)): value for key, value in _flatten(values).items()}
+    return f"{found[1]}: got {given.get(found[1])!r}, expected {types[found[1]]}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -162,14 +164,26 @@ def run_all(chosen: System[Any], runs: Mapping[Path, Config], jobs: int) -> None
         for folder, config in runs.items():
             run_one(chosen.name, config, folder, show=True)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    from rl_kernels.systems.runner.training import Stopped, leave_interrupts_to_the_parent
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise Stopped(number, "; the same command goes on where the runs are")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=leave_interrupts_to_the_parent)
+    try:
         pending = [pool.submit(run_one, chosen.name, config, folder, show=False) for folder, config in runs.items()]
-        try:
-            for future in track(as_completed(pending), "runs", len(pending), console=Console(stderr=True)):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in track(as_completed(pending), "runs", len(pending), console=Console(stderr=True)):
+            future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()  # A run notices it after its step, and writes a checkpoint.
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_one(name: str, config: Config, folder: Path, *, show: bool) -> None:

@@ -37,7 +37,7 @@ figure { margin: 0 } svg { max-width: 100%; height: auto } .note { color: #5a6b7
 {% endfor %}</table>
 <p class="note">Mean ± standard deviation over seeds, of the last epoch, on test images. {% if rows|length > 1 -%}
 Differences, in points of a percent, are against {{ rows[0][0] }}, seed by seed, with Student's interval at 95 %;
-"inside the noise": the interval holds zero, or there are fewer than two pairs.{%- endif %}</p>
+"inside the noise": the interval holds zero; "one pair": there is none.{%- endif %}</p>
 <h2>Curves</h2>
 <figure>{{ curves|safe }}</figure>
 <p class="note">Lines: mean over seeds; bands: lowest to highest. Seconds are of the machine below, evaluation

@@ -77,6 +77,11 @@ def test_only_seeds_that_both_have_are_paired(runs):
 
 
 def test_what_cannot_be_compared_is_named(runs, tmp_path):
+    write(tmp_path / "elsewhere" / "seed-0", 0.5, 0)
+    run = files.read_json(tmp_path / "elsewhere" / "seed-0" / files.RUN)
+    files.write_json(tmp_path / "elsewhere" / "seed-0" / files.RUN, {**run, "data": {**run["data"], "sha256": "1"}})
+    with pytest.raises(RunError, match="elsewhere is of another data than whole"):
+        comparing.load_groups([runs / "whole", tmp_path / "elsewhere"])
     write(tmp_path / "other" / "seed-0", 0.5, 0)
     write(tmp_path / "other" / "seed-1", 0.5, 1, epochs=3)
     with pytest.raises(RunError, match="differ in more than their seeds"):

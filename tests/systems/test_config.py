@@ -69,6 +69,8 @@ def test_every_variant_of_an_experiment_is_a_config(name):
         (["every=null", "control=removed"], "replacement.control: got 'removed' with replacement.every=null"),
         (["control=tied", "init=fit"], "replacement.init: got a value for control='tied'"),
         (["width={a: 1}"], "width"),
+        (["every=two"], "replacement.every: got 'two', expected int | None"),
+        (["precision=fp8"], "runtime.precision: got 'fp8', expected Literal["),
     ],
 )
 def test_what_is_refused_is_named(settings, words):

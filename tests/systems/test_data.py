@@ -121,9 +121,16 @@ def test_a_folder_of_images_is_a_set(pictures):
 
 def test_a_file_that_is_no_image_is_named(pictures):
     (pictures / "train" / "cat" / "0.png").write_text("no image")
-    data = sets.load(str(pictures))
     with pytest.raises(ValueError, match=re.escape("train/cat/0.png is no image")):
-        loading.pictures(Data(), data.train, 16, 3, False).__getitems__([(0, 0)])
+        sets.load(str(pictures))
+
+
+def test_classes_that_are_not_tested_are_named(pictures):
+    for path in (pictures / "val" / "dog").iterdir():
+        path.unlink()
+    (pictures / "val" / "dog").rmdir()
+    with pytest.raises(ValueError, match=r"val has classes \['cat'\], expected those of"):
+        sets.load(str(pictures))
 
 
 def order(**changed):

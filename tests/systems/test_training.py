@@ -146,6 +146,24 @@ def test_a_run_that_ends_early_goes_on_to_the_same_end(number, tiny, tmp_path):
     assert resumed["accuracy"] == expected["accuracy"] and resumed["loss"] == expected["loss"]
 
 
+def test_runs_at_a_time_stop_together(tmp_path):
+    """A terminal's Ctrl-C reaches every process."""
+    out = tmp_path / "runs"
+    told = [part for each in ("width=4", "epochs=60", "accelerator=cpu", "threads=1") for part in ("--set", each)]
+    command = [sys.executable, "-m", "rl_kernels", "train", "replacement", "--preset", "digits", *told]
+    command += ["--seeds", "2", "--jobs", "2", "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        for seed in (0, 1):
+            wait_for_lines(process, out / f"seed-{seed}", 3)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert "stopped by SIGINT; the same command goes on" in said.replace("\n", " "), said
+    for seed in (0, 1):
+        step = files.read_checkpoint(out / f"seed-{seed}" / files.LAST)["progress"]["step"]
+        assert step == max(line["step"] for line in files.read_log(out / f"seed-{seed}")), "a step was lost"
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tiny, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(tiny(), whole)

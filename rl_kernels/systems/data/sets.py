@@ -222,6 +222,21 @@ def _torchvision(name: str, factory: str, root: Path, download: bool) -> ImageSe
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 
 
+LOOKED_INTO = 20_000
+"""Files of a folder that are opened before training begins; of larger ones a broken file is met when it is due."""
+
+
+def check_image(path: Path) -> None:
+    """Raise ValueError unless the file begins as an image does."""
+    from PIL import Image
+
+    try:
+        with Image.open(path):
+            pass
+    except OSError as error:
+        raise ValueError(f"data: {path} is no image that can be read: {error}") from error
+
+
 def _folder(folder: Path, name: str) -> ImageSet:
     """A folder with ``train/CLASS/*`` and ``test/CLASS/*``, or ``val/CLASS/*``."""
     test = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), None)
@@ -232,8 +247,8 @@ def _folder(folder: Path, name: str) -> ImageSet:
         )
     classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     of_test = sorted(path.name for path in test.iterdir() if path.is_dir())
-    if not classes or not set(of_test) <= set(classes):
-        raise ValueError(f"data: {test} has classes {of_test}, expected some of those of {folder / 'train'}, {classes}")
+    if not classes or of_test != classes:
+        raise ValueError(f"data: {test} has classes {of_test}, expected those of {folder / 'train'}, {classes}")
     parts = []
     total = hashlib.sha256()
     for place in (folder / "train", test):
@@ -246,6 +261,8 @@ def _folder(folder: Path, name: str) -> ImageSet:
                     total.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         if not files:
             raise FileNotFoundError(f"data: no image in {place}, expected CLASS/*.png or another of {SUFFIXES}")
+        for path in files if len(files) <= LOOKED_INTO else ():
+            check_image(path)
         parts.append(Images(torch.tensor(labels), files=tuple(files)))
     return ImageSet(name, tuple(classes), parts[0], parts[1], 3, 0, total.hexdigest())
 

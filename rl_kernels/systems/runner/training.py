@@ -38,19 +38,35 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-class Stopped(Exception):
-    """A run that was asked to stop by a signal, and has written where it is.
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+"""That a run stops for, after the step that it is in."""
 
-    Attributes:
-        code: that a process ends with when this signal has ended it.
+
+class Stopped(Exception):
+    """Training that was asked to stop by a signal, and has written where it is.
+
+    Args:
+        number: of the signal.
+        how: what was done, and how to go on.
     """
 
-    def __init__(self, number: int, folder: Path, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}; go on with: "
-            f"python -m rl_kernels resume {folder}"
-        )
-        self.code = 128 + number
+    def __init__(self, number: int, how: str) -> None:
+        super().__init__(number, how)  # As it travels between processes.
+        self.number, self.how = number, how
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}{self.how}"
+
+    @property
+    def code(self) -> int:
+        """What a process ends with that this signal has ended."""
+        return 128 + self.number
+
+
+def leave_interrupts_to_the_parent() -> None:
+    """In a process that works for another one: a terminal's Ctrl-C reaches both, and the other one passes it on."""
+    SIGNALS[:] = [signal.SIGTERM]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train(system: System[Any], config: Config, folder: Path, *, show: bool = True) -> dict[str, Any]:
@@ -129,9 +145,9 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         config = self.config
+        data = sets.load(config.data.name, config.data.root, config.data.download)
         if not self.resumed and not _launched_by_another():
             files.make_folder(self.folder)
-        data = sets.load(config.data.name, config.data.root, config.data.download)
         fabric = self._fabric()
         sha256 = data.sha256
         shape = self._prepare_data(data)
@@ -439,7 +455,7 @@ class _Run:
                 files.write_checkpoint(self.folder / files.LAST, content)
         fabric.barrier()
         if number:
-            raise Stopped(number, self.folder, progress.step)
+            raise Stopped(number, f" after step {progress.step}; go on with: python -m rl_kernels resume {self.folder}")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -451,7 +467,7 @@ class _Run:
             self.signal = number
 
         try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+            before = {number: signal.signal(number, note) for number in SIGNALS}
         except ValueError:  # Not the main thread, which alone may ask.
             yield
             return
