@@ -27,7 +27,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 REFERENCE = Path(__file__).parent / "plans.json"
-"""The launches of ``Drawn`` cases, by their numbers, that Python planned until C++ did; less those that end a wgrad."""
+"""The launches of ``Drawn`` cases, by their numbers, that Python planned until C++ did; less those that end a wgrad.
+
+17 of them are later: tiles and splits that counting a multiprocessor's blocks by registers changed.
+"""
 
 
 @pytest.fixture(autouse=True)
