@@ -107,7 +107,8 @@ def executed(kernel: str, op: str, problem: Problem, config: Config, monkeypatch
         with use_config(config._replace(stages=3), 1), backend.emulated(0, True) as launched:
             execute(call)
     # What finishes the coefficients' gradients does the same for a short sum as for a long one.
-    assert [name for name in launched if not name.startswith("finish_")] == [f"{kernel}_{config.rows}x{config.columns}_bf16"], launched
+    name = f"{kernel}_{config.rows}x{config.columns}_bf16"
+    assert [each for each in launched if not each.startswith("finish_")] == [name], launched
     return counted
 
 
