@@ -27,7 +27,7 @@ JOBS = click.option(
 def _errors_in_words() -> Iterator[None]:
     """Inside, what is wrong with a request becomes a line and an exit status, not a traceback."""
     from rl_kernels.systems.runner.folder import RunError
-    from rl_kernels.systems.runner.training import Stopped
+    from rl_kernels.systems.runner.stopping import Stopped
 
     try:
         yield

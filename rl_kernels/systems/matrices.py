@@ -19,6 +19,7 @@ from rl_kernels.systems.config import Config
 from rl_kernels.systems.contract import System
 from rl_kernels.systems.registry import system
 from rl_kernels.systems.runner import folder as files
+from rl_kernels.systems.runner.stopping import Stopped, leave_interrupts_to_the_parent
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,6 @@ def run_all(chosen: System[Any], runs: Mapping[Path, Config], jobs: int) -> None
         for folder, config in runs.items():
             run_one(chosen.name, config, folder, show=True)
         return
-    from rl_kernels.systems.runner.training import Stopped, leave_interrupts_to_the_parent
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         raise Stopped(number, "; the same command goes on where the runs are")

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import statistics
-import subprocess
 import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,42 +26,20 @@ from rl_kernels.systems.networks import ImageShape
 from rl_kernels.systems.registry import system as system_of
 from rl_kernels.systems.runner import folder as files
 from rl_kernels.systems.runner.folder import RunError
+from rl_kernels.systems.runner.optimizing import (
+    make_mixing,
+    make_optimizer,
+    make_schedule,
+    optimizer_bytes,
+    seed_all,
+)
 from rl_kernels.systems.runner.record import Record, cut_log
 from rl_kernels.systems.runner.state import FORMAT, Progress, load_state, save_state
+from rl_kernels.systems.runner.stopping import Listening, Stopped
+from rl_kernels.testing import peak_memory
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
-"""That a run stops for, after the step that it is in."""
-
-
-class Stopped(Exception):
-    """Training that was asked to stop by a signal, and has written where it is.
-
-    Args:
-        number: of the signal.
-        how: what was done, and how to go on.
-    """
-
-    def __init__(self, number: int, how: str) -> None:
-        super().__init__(number, how)  # As it travels between processes.
-        self.number, self.how = number, how
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}{self.how}"
-
-    @property
-    def code(self) -> int:
-        """What a process ends with that this signal has ended."""
-        return 128 + self.number
-
-
-def leave_interrupts_to_the_parent() -> None:
-    """In a process that works for another one: a terminal's Ctrl-C reaches both, and the other one passes it on."""
-    SIGNALS[:] = [signal.SIGTERM]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train(system: System[Any], config: Config, folder: Path, *, show: bool = True) -> dict[str, Any]:
@@ -141,7 +114,7 @@ class _Run:
     def __init__(self, system: System[Any], config: Config, folder: Path, *, resumed: bool, show: bool) -> None:
         import_torchvision()  # Before Fabric, which imports it where torchmetrics is installed.
         self.system, self.config, self.folder, self.resumed, self.show = system, config, folder, resumed, show
-        self.signal = 0
+        self.listening = Listening()
 
     def go(self) -> dict[str, Any]:
         config = self.config
@@ -154,7 +127,7 @@ class _Run:
         if self.resumed and (recorded := files.read_json(self.folder / files.RUN)["data"]["sha256"]) != sha256:
             raise RunError(f"data: {data.name} has sha256 {sha256}, expected {recorded} as when the run began")
 
-        with self._signals():
+        with self.listening:
             self._prepare_model(fabric, shape)
             if fabric.is_global_zero and not self.resumed:
                 files.write_json(self.folder / files.RUN, self._described(sha256))
@@ -227,7 +200,7 @@ class _Run:
             accelerator=runtime.accelerator,
             devices=1 if alone else runtime.devices,
             strategy="auto" if alone else strategy,
-            precision=runtime.precision,  # type: ignore[arg-type]
+            precision=runtime.precision,
         )
         fabric.launch()
         return fabric
@@ -443,7 +416,7 @@ class _Run:
         """Write a checkpoint where one is due, or before the run ends because a signal came."""
         every = self.config.runtime.checkpoint_steps
         due = every is not None and progress.step % every == 0
-        number = self.signal
+        number = self.listening.number
         if fabric.world_size > 1:  # A signal may reach one process only.
             number = int(fabric.all_reduce(torch.tensor(float(number), device=fabric.device), reduce_op="sum"))  # type: ignore[arg-type]
             number = signal.SIGTERM if number else 0
@@ -457,33 +430,13 @@ class _Run:
         if number:
             raise Stopped(number, f" after step {progress.step}; go on with: python -m rl_kernels resume {self.folder}")
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Inside, SIGTERM and SIGINT are noticed after a step; a second one ends the process at once."""
-
-        def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-            if self.signal:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        try:
-            before = {number: signal.signal(number, note) for number in SIGNALS}
-        except ValueError:  # Not the main thread, which alone may ask.
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _described(self, sha256: str) -> dict[str, Any]:
         config = self.config
         return {
             "system": self.system.name,
             "config": configs.as_dict(config),
             "versions": versions("torchvision", "timm", "lightning_fabric", "numpy"),
-            "commit": commit(),
+            "commit": files.commit(),
             "machine": machine(),
             "backend": os.environ.get("RL_KERNELS_BACKEND", "auto"),
             "data": {
@@ -536,103 +489,7 @@ class _Run:
             self.wrapped.step()
             self.wrapped.zero_grad()
 
-        return held + images.nbytes + rl_peak(step)
-
-
-def rl_peak(step: Any) -> int:
-    """``rl_kernels.testing.peak_memory`` on the CPU."""
-    from rl_kernels.testing import peak_memory
-
-    return peak_memory(step, "cpu")
-
-
-def seed_all(seed: int, step: int, rank: int) -> None:
-    """Seed what a step may draw from: torch, numpy (timm's mixup) and Python."""
-    drawn = loading.mixed_seed(seed, step, rank, 1)
-    torch.manual_seed(drawn)
-    np.random.seed(drawn % 2**32)
-    random.seed(drawn)
-
-
-def make_optimizer(config: Config, model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    """Make the optimizer: matrices and filters decay, biases and norms do not, coefficients have their own rate."""
-    wanted = config.optimizer
-    mixing = {id(p) for module in model.modules() if isinstance(module, Coefficients) for p in module.parameters()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "params": [p for p in trained if p.ndim >= 2 and id(p) not in mixing],
-            "weight_decay": wanted.weight_decay,
-            "lr": wanted.learning_rate,
-        },
-        {
-            "params": [p for p in trained if p.ndim < 2 and id(p) not in mixing],
-            "weight_decay": 0.0,
-            "lr": wanted.learning_rate,
-        },
-        {
-            "params": [p for p in trained if id(p) in mixing],
-            "weight_decay": 0.0,
-            "lr": wanted.learning_rate * wanted.coefficient_factor,
-        },
-    ]
-    filled = [group for group in groups if group["params"]]
-    if wanted.name == "adamw":
-        return torch.optim.AdamW(filled, lr=wanted.learning_rate, fused=fused)
-    return torch.optim.SGD(
-        filled, lr=wanted.learning_rate, momentum=wanted.momentum, nesterov=wanted.momentum > 0, fused=fused
-    )
-
-
-def make_schedule(config: Config, optimizer: torch.optim.Optimizer, total: int) -> Any:
-    """Make timm's scheduler, whose rates are a function of the step: ``step_update(step)`` before each update."""
-    import_timm()
-    from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-
-    wanted = config.schedule
-    warmup: dict[str, Any] = {
-        "warmup_t": round(wanted.warmup * total),
-        "warmup_lr_init": config.optimizer.learning_rate / 100,
-        "warmup_prefix": False,
-        "t_in_epochs": False,
-    }
-    if wanted.name == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=total, lr_min=0.0, **warmup)
-    milestones = [round(share * total) for share in wanted.milestones] if wanted.name == "multistep" else []
-    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=wanted.decay, **warmup)
-
-
-def make_mixing(config: Config, classes: int) -> Any:
-    """Make timm's mixup and CutMix; None for neither."""
-    if not (config.data.mixup or config.data.cutmix):
-        return None
-    if config.batch_size // config.runtime.devices % 2:
-        raise ValueError(f"batch_size: got {config.batch_size}, expected an even number a process for mixup and cutmix")
-    import_timm()
-    from timm.data.mixup import Mixup
-
-    return Mixup(config.data.mixup, config.data.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the size of an optimizer's state."""
-    entries = (entry for state in optimizer.state.values() for entry in state.values())
-    return sum(entry.nbytes for entry in entries if isinstance(entry, Tensor))
-
-
-def commit() -> str | None:
-    """Return the commit that this package lies at; None where it is no checkout, with a + if something was changed."""
-    here = Path(__file__).parent
-    said = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        try:
-            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:
-            return None
-        said.append(done.stdout.strip())
-    return said[0] + ("+" if said[1] else "")
+        return held + images.nbytes + peak_memory(step, "cpu")
 
 
 def _launched_by_another() -> bool:
