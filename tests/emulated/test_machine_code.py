@@ -13,7 +13,9 @@ from rl_kernels.backends.gpu import hazards
 from rl_kernels.backends.gpu.disassembler import disassemble
 from tests.emulated.compilers import find_nvcc
 
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("80", "90", "120")
+BETWEEN = ("86", "89", "100")
+"""Architectures that are looked at by ``make test-slow``: each takes ptxas minutes."""
 FILES = tuple(sorted(path.stem for path in SOURCES.glob("*_sm80.cu")))
 MATRIX_INSTRUCTION = {"f16": "HMMA.16816.F32 ", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32"}
 """What takes its operands, the mixed weight first, from registers."""
@@ -22,7 +24,12 @@ MATRIX_INSTRUCTION = {"f16": "HMMA.16816.F32 ", "bf16": "HMMA.16816.F32.BF16", "
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
     ("element", "arch"),
-    [*(("bf16", arch) for arch in ARCHITECTURES), ("f16", "90"), ("tf32", "80")],
+    [
+        *(("bf16", arch) for arch in ARCHITECTURES),
+        *(pytest.param("bf16", arch, marks=pytest.mark.slow) for arch in BETWEEN),
+        ("f16", "90"),
+        ("tf32", "80"),
+    ],
 )
 def test_machine_code(file: str, element: str, arch: str, tmp_path: Path) -> None:
     cubin = tmp_path / "kernels.cubin"
