@@ -122,7 +122,7 @@ FAULTS: dict[str, tuple[Callable[..., object], str, str, str, str]] = {
         padded_conv,
         "mixed_conv_wgrad",
         "wgrad.cuh",
-        "exists && Addressing::meets(c, pixel, position_) ? min",
+        "exists && Addressing::meets(c, pixel, at) ? min",
         "exists ? min",
     ),
 }
