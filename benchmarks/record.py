@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ from typing import Any
 
 import torch
 
-import rl_kernels
 from benchmarks.measure import Settings
+from rl_kernels import _machine
 from rl_kernels._machine import machine, versions
 
 SCHEMA = 1
@@ -115,17 +114,7 @@ def timed(cell: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def git_state() -> dict[str, Any]:
     """The commit of the package that is measured, and whether its tree differs from it (results apart)."""
-    root = Path(rl_kernels.__file__).parents[1]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    status = git("status", "--porcelain", "--", ".", f":!{RESULTS}")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    return _machine.git_state("--", ".", f":!{RESULTS}")
 
 
 def without_paths(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -191,7 +190,9 @@ def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
 
 
 def _print_metrics(metrics: dict[str, object], folder: Path) -> None:
-    if int(os.environ.get("LOCAL_RANK", "0")):  # Of several processes the first one speaks.
+    from rl_kernels.systems.runner.training import launched_by_another
+
+    if launched_by_another():  # Of several processes the first one speaks.
         return
     for name, value in metrics.items():
         click.echo(f"{name} = {value:.6g}" if isinstance(value, float) else f"{name} = {value}")

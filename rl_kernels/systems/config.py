@@ -16,8 +16,6 @@ from rl_kernels.conversion.options import one_of
 
 C = TypeVar("C", bound="Config")
 
-AUGMENTATIONS = ("none", "crop", "crop-flip", "trivial", "resized-crop")
-
 
 @dataclass(frozen=True)
 class Model:
@@ -253,7 +251,7 @@ def resolve(
     flat: dict[str, Any] = {}
     if preset is not None:
         one_of("preset", preset, tuple(presets))
-        flat |= _flatten(presets[preset])
+        flat |= flatten(presets[preset])
     if path is not None:
         try:
             read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -261,7 +259,7 @@ def resolve(
             raise ValueError(f"config: {path} is no YAML: {_where(error)}") from None
         if not isinstance(read, dict):
             raise ValueError(f"config: {path} holds {type(read).__name__}, expected a mapping of fields to values")
-        flat |= {_named(key, names): value for key, value in _flatten(read).items()}
+        flat |= {_named(key, names): value for key, value in flatten(read).items()}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -285,7 +283,7 @@ def parse(kind: type[C], values: Mapping[str, Any]) -> C:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "config", fail_untyped=False)
     nested: dict[str, Any] = {}
-    for key, value in _flatten(values).items():
+    for key, value in flatten(values).items():
         *rooms, leaf = _named(key, names).split(".")
         room = nested
         for name in rooms:
@@ -309,14 +307,15 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def flat_dict(config: Config) -> dict[str, Any]:
     """Return a config's values by their dotted names."""
-    return _flatten(as_dict(config))
+    return flatten(as_dict(config))
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -359,5 +358,5 @@ def _in_words(message: str, kind: type[Config], values: Mapping[str, Any]) -> st
     types = fields_of(kind)
     if found is None or found[1] not in types:
         return "; ".join(line.strip() for line in message.splitlines() if line.strip()).replace("config.", "")
-    given = {_named(key, list(types)): value for key, value in _flatten(values).items()}
+    given = {_named(key, list(types)): value for key, value in flatten(values).items()}
     return f"{found[1]}: got {given.get(found[1])!r}, expected {types[found[1]]}"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import rl_kernels as rl
+from rl_kernels.conversion.blocks import count
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.systems import networks
 from rl_kernels.systems.config import Config
@@ -197,7 +198,7 @@ class ReplacementSystem(System[ReplacementConfig]):
             return Built(model, made)
         if wanted.control == "narrowed":
             rl.replace(model, made)
-            return Built(_narrowed(config, shape, count_parameters(model)))
+            return Built(_narrowed(config, shape, count(model)))
         for block in made.replaced:
             if wanted.control == "removed":
                 parent, _, name = block.path.rpartition(".")
@@ -225,11 +226,6 @@ class ReplacementSystem(System[ReplacementConfig]):
         )
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of a model's parameters, shared ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _narrowed(config: ReplacementConfig, shape: ImageShape, parameters: int) -> nn.Module:
     """The whole network, as wide as comes nearest to ``parameters``."""
     name = config.model.name
@@ -239,7 +235,7 @@ def _narrowed(config: ReplacementConfig, shape: ImageShape, parameters: int) -> 
     for width in range(1, 4096):
         with torch.device("meta"):
             try:
-                counts[width] = count_parameters(networks.build(name, shape, width))
+                counts[width] = count(networks.build(name, shape, width))
             except ValueError:  # Not a multiple of the heads.
                 continue
         if counts[width] >= parameters:

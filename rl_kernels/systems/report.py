@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl_kernels.systems import comparing
 from rl_kernels.systems.comparing import Group
+from rl_kernels.systems.config import flatten
 from rl_kernels.systems.runner.folder import write_whole
 
 if TYPE_CHECKING:
@@ -90,19 +91,12 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
 
 def _fields(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """The config's fields; those in which groups differ first."""
-    flat = [_flatten({**group.runs[0].run["config"]}) for group in groups]
+    flat = [flatten(group.runs[0].run["config"]) for group in groups]
     for each, group in zip(flat, groups, strict=True):
         each["seed"] = ", ".join(str(run.seed) for run in group.runs)
     names = list(dict.fromkeys(name for each in flat for name in each))
     rows = [(name, [str(each.get(name, "")) for each in flat]) for name in names]
     return sorted(rows, key=lambda row: len(set(row[1])) == 1)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _made(run: dict[str, Any]) -> list[tuple[str, str]]:

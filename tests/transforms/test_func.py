@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
+from rl_kernels._supported import release
 from tests.transforms.common import KINDS, Ops, Problem, images, loss_of, net, problem, tracing
 
 EVERYTHING = tuple(range(6))
@@ -170,16 +171,21 @@ def tangent_of(function: Any, arguments: Any, directions: Any, modes: Any = None
             return forward_ad.unpack_dual(function(*duals)).tangent
 
 
+_TORCH = release(torch.__version__)
+REFUSED = [way for way, refuses in (("checkpointed", _TORCH < (2, 12)), ("compiled", _TORCH >= (2, 14))) if refuses]
+"""Ways in which this torch refuses forward mode of plain layers, too; none of torch 2.12 and 2.13."""
+
+
 @tracing
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_forward_mode(way: str, kind: str) -> None:
     """Of one argument at a time, with and without gradients asked for."""
     mixed, naive, arguments = problem(kind)
-    if way in ("compiled", "checkpointed"):
+    if way in REFUSED:
         try:
             tangent_of(WAYS[way](naive, arguments), arguments, tangents(arguments))
-        except RuntimeError as error:  # Checkpoints of torch before 2.12, torch.compile since 2.14.
+        except RuntimeError as error:
             pytest.skip(f"torch {torch.__version__} refuses it of plain layers, too: {str(error).splitlines()[0]}")
     function = WAYS[way](mixed, arguments)
     for requires_grad in (False, True) if way != "compiled" else (False,):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rl_kernels.conversion.zoo import import_torchvision
 from rl_kernels.systems import config as configs
-from rl_kernels.systems.data.sets import Images
+from rl_kernels.systems.data.sets import Images, opened
 
 NOT_COUNTED = -1
 """The seed of an image that a process is given so as to have one."""
@@ -37,6 +37,8 @@ def mixed_seed(*parts: int) -> int:
 
 class Pictures(Dataset[Batch]):
     """Images as batches: ``__getitems__`` takes ``(index, seed)`` each and gives a whole :class:`Batch`.
+
+    The seed is an epoch's: what is drawn for an image follows from both numbers, and costs nothing where none is drawn.
 
     Args:
         images: what is read.
@@ -71,20 +73,14 @@ class Pictures(Dataset[Batch]):
                 if self.resize is not None:
                     image = self.resize(image)
                 if self.transform is not None:
-                    torch.default_generator.manual_seed(seed)
+                    torch.default_generator.manual_seed(mixed_seed(seed, index))
                     image = self.transform(image)
                 changed.append(image)
         return Batch(torch.stack(changed), labels)
 
     def _read(self, index: int) -> Tensor:
-        from PIL import Image
-
-        path = self.images.files[index]
-        try:
-            with Image.open(path) as picture:
-                array = np.array(picture.convert("RGB" if self.channels == 3 else "L"))
-        except OSError as error:
-            raise ValueError(f"data: {path} is no image that can be read: {error}") from error
+        with opened(self.images.files[index]) as picture:
+            array = np.array(picture.convert("RGB" if self.channels == 3 else "L"))
         return torch.from_numpy(array).reshape(*array.shape[:2], self.channels).permute(2, 0, 1)
 
 
@@ -113,9 +109,10 @@ class Order:
         return self.batches - self.first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.arange(self.size)
+        order, seed = torch.arange(self.size), 0
         if self.shuffled:
-            generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+            seed = mixed_seed(self.seed, self.epoch)
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self.size, generator=generator)
         for number in range(self.first, self.batches):
             whole = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
@@ -123,7 +120,7 @@ class Order:
             if not mine:  # Every process must run the model where it is sharded.
                 yield [(whole[0], NOT_COUNTED)]
                 continue
-            yield [(index, mixed_seed(self.seed, self.epoch, index) if self.shuffled else 0) for index in mine]
+            yield [(index, seed) for index in mine]
 
 
 def loader(pictures: Pictures, order: Order, workers: int, pin: bool) -> DataLoader[Batch]:

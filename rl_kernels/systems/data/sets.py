@@ -5,13 +5,14 @@ A set that fits into memory is tensors; a folder of images is read image by imag
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from rl_kernels.conversion.zoo import import_torchvision
 from rl_kernels.systems.data.packages import package_file, read_gzip, read_pickled_array
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SPLIT_SEED = 0
 """Of the splits into training and test images that a set does not bring: the same for every run."""
@@ -226,13 +230,14 @@ LOOKED_INTO = 20_000
 """Files of a folder that are opened before training begins; of larger ones a broken file is met when it is due."""
 
 
-def check_image(path: Path) -> None:
-    """Raise ValueError unless the file begins as an image does."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image]:
+    """Open a picture; a file that is none, or ends too early, is a ValueError that names it."""
     from PIL import Image
 
     try:
-        with Image.open(path):
-            pass
+        with Image.open(path) as picture:
+            yield picture
     except OSError as error:
         raise ValueError(f"data: {path} is no image that can be read: {error}") from error
 
@@ -262,7 +267,8 @@ def _folder(folder: Path, name: str) -> ImageSet:
         if not files:
             raise FileNotFoundError(f"data: no image in {place}, expected CLASS/*.png or another of {SUFFIXES}")
         for path in files if len(files) <= LOOKED_INTO else ():
-            check_image(path)
+            with opened(path):
+                pass
         parts.append(Images(torch.tensor(labels), files=tuple(files)))
     return ImageSet(name, tuple(classes), parts[0], parts[1], 3, 0, total.hexdigest())
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,18 +128,3 @@ def make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise RunError(f"out: {folder} cannot be written: {error}") from error
-
-
-def commit() -> str | None:
-    """Return the commit that this package lies at; None where it is no checkout, with a + if something was changed."""
-    here = Path(__file__).parent
-    said = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        try:
-            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:
-            return None
-        said.append(done.stdout.strip())
-    return said[0] + ("+" if said[1] else "")

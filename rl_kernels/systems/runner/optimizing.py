@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rl_kernels.conversion.zoo import import_timm
 from rl_kernels.nn.coefficients import Coefficients
@@ -81,9 +81,3 @@ def make_mixing(config: Config, classes: int) -> Any:
     from timm.data.mixup import Mixup
 
     return Mixup(config.data.mixup, config.data.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the size of an optimizer's state."""
-    entries = (entry for state in optimizer.state.values() for entry in state.values())
-    return sum(entry.nbytes for entry in entries if isinstance(entry, Tensor))

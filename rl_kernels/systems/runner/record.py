@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -60,7 +60,8 @@ class Record:
 
     def __enter__(self) -> Record:
         if self.folder is not None:
-            self._try(lambda: setattr(self, "_file", (self.folder / LOG).open("a", encoding="utf-8")))  # type: ignore[operator]
+            with self._errors_in_words():
+                self._file = (self.folder / LOG).open("a", encoding="utf-8")
             if self._tensorboard:
                 self._board = _summary_writer(self.folder / "tensorboard")
         self._progress.start()
@@ -104,11 +105,14 @@ class Record:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
-            self._try(lambda: (self._file.write(json.dumps(line) + "\n"), self._file.flush()))  # type: ignore[union-attr]
+            with self._errors_in_words():
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
 
-    def _try(self, write: Callable[[], object]) -> None:
+    @contextlib.contextmanager
+    def _errors_in_words(self) -> Iterator[None]:
         try:
-            write()
+            yield
         except OSError as error:
             raise RunError(f"{self.folder}/{LOG}: not written: {error}; the last checkpoint is whole") from error
 

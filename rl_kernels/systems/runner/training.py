@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import rl_kernels as rl
-from rl_kernels._machine import machine, versions
+from rl_kernels._machine import git_state, machine, versions
+from rl_kernels.conversion.blocks import count
 from rl_kernels.conversion.zoo import import_timm, import_torchvision
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.systems import config as configs
 from rl_kernels.systems.config import Config
 from rl_kernels.systems.contract import Built, System
 from rl_kernels.systems.data import loading, sets
+from rl_kernels.systems.digits import optimizer_bytes
 from rl_kernels.systems.networks import ImageShape
 from rl_kernels.systems.registry import system as system_of
 from rl_kernels.systems.runner import folder as files
@@ -30,7 +32,6 @@ from rl_kernels.systems.runner.optimizing import (
     make_mixing,
     make_optimizer,
     make_schedule,
-    optimizer_bytes,
     seed_all,
 )
 from rl_kernels.systems.runner.record import Record, cut_log
@@ -119,7 +120,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         config = self.config
         data = sets.load(config.data.name, config.data.root, config.data.download)
-        if not self.resumed and not _launched_by_another():
+        if not self.resumed and not launched_by_another():
             files.make_folder(self.folder)
         fabric = self._fabric()
         sha256 = data.sha256
@@ -240,7 +241,7 @@ class _Run:
             raise ValueError(f"ema: got {config.ema} with runtime.strategy='fsdp2', expected null")
         self.built: Built = self.system.build(config, shape)
         self.bare = self.built.model
-        self.parameters = sum(parameter.numel() for parameter in self.bare.parameters())
+        self.parameters = count(self.bare)
         self.trainable = sum(p.numel() for p in self.bare.parameters() if p.requires_grad)
         self.coefficients = sum(
             p.numel() for m in self.bare.modules() if isinstance(m, Coefficients) for p in m.parameters()
@@ -322,7 +323,7 @@ class _Run:
         accuracy = next(value for key, value in scores.items() if key.endswith("accuracy"))
         better = accuracy > progress.best
         progress.best = max(progress.best, accuracy)
-        content = self._checkpoint(fabric, progress)
+        content = self._checkpoint(progress)
         if fabric.is_global_zero:
             if better:
                 files.write_checkpoint(self.folder / files.BEST, content)
@@ -407,8 +408,7 @@ class _Run:
                 loss.update(nn.functional.cross_entropy(logits, labels, ignore_index=loading.IGNORED), weight=counted)
         return {"loss": float(loss.compute()), "accuracy": float(accuracy.compute())}
 
-    def _checkpoint(self, fabric: Fabric, progress: Progress) -> dict[str, Any]:
-        del fabric
+    def _checkpoint(self, progress: Progress) -> dict[str, Any]:
         plain = configs.as_dict(self.config)
         return save_state(self.bare, self.optimizer, self._average(), progress, plain, self.sharded)
 
@@ -423,7 +423,7 @@ class _Run:
         if not (number or due):
             return
         if not written:
-            content = self._checkpoint(fabric, progress)
+            content = self._checkpoint(progress)
             if fabric.is_global_zero:
                 files.write_checkpoint(self.folder / files.LAST, content)
         fabric.barrier()
@@ -431,12 +431,12 @@ class _Run:
             raise Stopped(number, f" after step {progress.step}; go on with: python -m rl_kernels resume {self.folder}")
 
     def _described(self, sha256: str) -> dict[str, Any]:
-        config = self.config
+        config, git = self.config, git_state("--untracked-files=no")
         return {
             "system": self.system.name,
             "config": configs.as_dict(config),
             "versions": versions("torchvision", "timm", "lightning_fabric", "numpy"),
-            "commit": files.commit(),
+            "commit": None if git["commit"] is None else git["commit"] + "+" * bool(git["dirty"]),
             "machine": machine(),
             "backend": os.environ.get("RL_KERNELS_BACKEND", "auto"),
             "data": {
@@ -492,6 +492,6 @@ class _Run:
         return held + images.nbytes + peak_memory(step, "cpu")
 
 
-def _launched_by_another() -> bool:
+def launched_by_another() -> bool:
     """Whether this process was started by the first one of its run."""
     return int(os.environ.get("LOCAL_RANK", "0")) > 0
