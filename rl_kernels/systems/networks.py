@@ -17,11 +17,16 @@ from rl_kernels.systems.runner.folder import LAST, read_checkpoint
 
 
 class ImageShape(NamedTuple):
-    """What a network is built for: images of ``channels`` and ``size`` pixels a side, told apart as ``classes``."""
+    """What a network is built for: images of ``channels`` and ``size`` pixels a side, told apart as ``classes``.
+
+    Pixels from 0 to 1 are standardised by ``mean`` and ``std`` of each channel.
+    """
 
     channels: int
     size: int
     classes: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
 
 def _resnet(depth: int) -> Callable[[ImageShape, int | None], nn.Module]:

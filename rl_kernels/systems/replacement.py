@@ -20,7 +20,7 @@ import rl_kernels as rl
 from rl_kernels.conversion.blocks import count
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.systems import networks
-from rl_kernels.systems.config import Config
+from rl_kernels.systems.config import Config, Model
 from rl_kernels.systems.contract import Built, System
 from rl_kernels.systems.networks import ImageShape
 
@@ -183,52 +183,59 @@ class ReplacementSystem(System[ReplacementConfig]):
     presets = PRESETS
 
     def build(self, config: ReplacementConfig, shape: ImageShape) -> Built:
-        wanted = config.replacement
-        model = networks.make(config.model, shape)
-        if wanted.every is None:
-            return Built(model)
-        made = self._plan(config, model)
-        if wanted.control == "none":
-            return Built(rl.replace(model, made), made)
-        if wanted.control == "tied":
-            rl.replace(model, made)
-            for module in model.modules():
-                if isinstance(module, Coefficients):
-                    module.requires_grad_(False)
-            return Built(model, made)
-        if wanted.control == "narrowed":
-            rl.replace(model, made)
-            return Built(_narrowed(config, shape, count(model)))
-        for block in made.replaced:
-            if wanted.control == "removed":
-                parent, _, name = block.path.rpartition(".")
-                setattr(model.get_submodule(parent), name, nn.Identity())
-            for layer in block.layers if wanted.control == "frozen" else ():
-                model.get_submodule(f"{block.path}.{layer.path}").requires_grad_(False)
+        return build_replaced(config.model, config.replacement, shape)
+
+
+def build_replaced(network: Model, wanted: Replacement, shape: ImageShape) -> Built:
+    """Make a network, and replace blocks of it or do with them what the control says.
+
+    Raises:
+        ValueError: as of ``networks.make`` and ``rl_kernels.plan``.
+    """
+    model = networks.make(network, shape)
+    if wanted.every is None:
         return Built(model)
+    made = _plan(wanted, model)
+    if wanted.control == "none":
+        return Built(rl.replace(model, made), made)
+    if wanted.control == "tied":
+        rl.replace(model, made)
+        for module in model.modules():
+            if isinstance(module, Coefficients):
+                module.requires_grad_(False)
+        return Built(model, made)
+    if wanted.control == "narrowed":
+        rl.replace(model, made)
+        return Built(_narrowed(network.name, shape, count(model)))
+    for block in made.replaced:
+        if wanted.control == "removed":
+            parent, _, name = block.path.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.Identity())
+        for layer in block.layers if wanted.control == "frozen" else ():
+            model.get_submodule(f"{block.path}.{layer.path}").requires_grad_(False)
+    return Built(model)
 
-    def _plan(self, config: ReplacementConfig, model: nn.Module) -> rl.Plan:
-        wanted = config.replacement
-        return rl.plan(
-            model,
-            every=wanted.every,
-            targets=wanted.targets,
-            offset=wanted.offset,
-            level=wanted.level,
-            init=(1.0, 0.0) if wanted.control == "tied" else wanted.init,
-            constraint=wanted.constraint,
-            granularity=wanted.granularity,
-            detach=wanted.detach,
-            share=wanted.share,
-            norms=wanted.norms,
-            window=wanted.window,
-            boundaries=wanted.boundaries,
-        )
+
+def _plan(wanted: Replacement, model: nn.Module) -> rl.Plan:
+    return rl.plan(
+        model,
+        every=wanted.every,
+        targets=wanted.targets,
+        offset=wanted.offset,
+        level=wanted.level,
+        init=(1.0, 0.0) if wanted.control == "tied" else wanted.init,
+        constraint=wanted.constraint,
+        granularity=wanted.granularity,
+        detach=wanted.detach,
+        share=wanted.share,
+        norms=wanted.norms,
+        window=wanted.window,
+        boundaries=wanted.boundaries,
+    )
 
 
-def _narrowed(config: ReplacementConfig, shape: ImageShape, parameters: int) -> nn.Module:
+def _narrowed(name: str, shape: ImageShape, parameters: int) -> nn.Module:
     """The whole network, as wide as comes nearest to ``parameters``."""
-    name = config.model.name
     if name not in networks.NETWORKS:
         raise ValueError(f"replacement.control: got 'narrowed' for {name}, expected a network that has a width")
     counts: dict[int, int] = {}

@@ -14,6 +14,7 @@ import torch
 
 import rl_kernels as rl
 from rl_kernels.systems import networks
+from rl_kernels.systems.contract import Plain
 from rl_kernels.systems.networks import ImageShape
 from rl_kernels.systems.registry import system
 from rl_kernels.systems.replacement import PRESETS
@@ -101,9 +102,9 @@ def test_accumulated_parts_are_one_batch(tiny, tmp_path):
             torch.testing.assert_close(weights(tmp_path / "parts")[key], value, rtol=1e-4, atol=1e-6)
 
 
-def started(folder, *settings):
+def started(folder, *settings, of="replacement"):
     told = [part for each in settings for part in ("--set", each)]
-    command = [sys.executable, "-m", "rl_kernels", "train", "replacement", "--preset", "digits", *told]
+    command = [sys.executable, "-m", "rl_kernels", "train", of, "--preset", "digits", *told]
     return subprocess.Popen(
         [*command, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -283,7 +284,7 @@ def test_presets_of_imagenet_differentiate_without_memory(preset, tiny):
         config = tiny(*told)
         built = SYSTEM.build(config, ImageShape(3, 64, 1000))
         images, targets = torch.empty(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64)
-        SYSTEM.loss(config, built.model, images, targets).backward()
+        SYSTEM.step(config, built.model, images, targets, Plain())
     assert built.plan is not None and built.plan.replaced
     for name, parameter in built.model.named_parameters():
         assert parameter.grad is not None and parameter.grad.shape == parameter.shape, name
