@@ -176,11 +176,14 @@ def score_of(groups: Sequence[Group]) -> str:
 
 
 HEADINGS = ("", "seeds", "{score} %", "difference", "interval", "parameters", "optimizer", "peak", "ms a step")
+OF_SYSTEMS = {"auxiliary_parameters": "auxiliary", "step_flops": "GFLOP a step"}
+"""Figures that only some systems have, and what they are called in a table."""
 
 
 def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows; differences are against the first group, in points of a percent."""
     score = score_of(groups)
+    more = [figure for figure in OF_SYSTEMS if any(group.values(figure) for group in groups)]
     rows = []
     for number, group in enumerate(groups):
         mean, deviation = group.mean(score), group.deviation(score)
@@ -191,17 +194,17 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
                 group.label,
                 str(len(group.runs)),
                 f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"),
-                ""
-                if against is None
-                else f"{100 * against.mean:+.2f}" + ("" if against.seen else " (inside the noise)"),
+                "" if against is None else _points(against),
                 "" if against is None or against.low is None else _interval(against),
                 _count(group.mean("parameters")),
                 _mebibytes(group.mean("optimizer_bytes")),
                 _mebibytes(group.mean("peak_bytes")),
                 _milliseconds(group.mean("step_seconds")),
+                *(_count(group.mean(each)) if each != "step_flops" else _giga(group.mean(each)) for each in more),
             ]
         )
-    return [heading.format(score=score) for heading in HEADINGS], rows
+    headings = [heading.format(score=score) for heading in HEADINGS]
+    return [*headings, *(OF_SYSTEMS[each] for each in more)], rows
 
 
 def _points(against: Difference) -> str:
@@ -225,6 +228,10 @@ def _mebibytes(value: float | None) -> str:
 
 def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{1e3 * value:.1f}"
+
+
+def _giga(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e9:.2f}"
 
 
 def _without_places(run: Run) -> dict[str, Any]:

@@ -134,11 +134,15 @@ def test_no_more_modules_than_units():
 
 
 def test_even_blocks_are_the_public_tables():
-    """ResNet-32: [2,1]; [1,2] [2,1] [3,0]; [1,0] ... [3,2]; and every block (InfoPro), the stem with the first (MLAAN)."""
+    """Of ResNet-32: [2,1]; [1,2] [2,1] [3,0]; [1,0] ... [3,2]; every block (InfoPro), the stem with one (MLAAN)."""
     chain = Chain(resnet((5, 5, 5)))
     found = {count: cuts(chain, count, "blocks", [])[1:-1] for count in (1, 2, 4, 8, 15, 16)}
     assert found[1] == [] and found[2] == [8] and found[4] == [4, 8, 12] and found[8] == [2, 4, 6, 8, 10, 12, 14]
     assert found[15] == list(range(2, 16)) and found[16] == list(range(1, 16))
+
+
+def heaviest(weights, cut_at):
+    return max(sum(weights[first:end]) for first, end in itertools.pairwise(cut_at))
 
 
 def test_even_costs_are_the_best():
@@ -148,9 +152,9 @@ def test_even_costs_are_the_best():
         weights = torch.randint(0, 9, (size,), generator=generator).tolist()
         for count in range(1, size + 1):
             all_cuts = ([0, *inner, size] for inner in itertools.combinations(range(1, size), count - 1))
-            heaviest = lambda at: max(sum(weights[a:b]) for a, b in itertools.pairwise(at))  # noqa: E731
             found = _balanced(weights, count)
-            assert heaviest(found) == min(map(heaviest, all_cuts)) and sorted(set(found)) == found
+            assert sorted(set(found)) == found
+            assert heaviest(weights, found) == min(heaviest(weights, each) for each in all_cuts)
 
 
 def test_costs_are_those_of_the_model():
@@ -216,7 +220,9 @@ def test_all_that_is_trained_learns(name):
     net.step(*batch())
     missing = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
-    assert not any(p.requires_grad for module in net.modules() for p in getattr(module, "average", nn.Module()).parameters())
+    assert not any(
+        p.requires_grad for module in net.modules() for p in getattr(module, "average", nn.Module()).parameters()
+    )
 
 
 class Summing(Plain):
@@ -323,7 +329,9 @@ def test_copies_leap_to_the_end():
     assert [deeper_units(found, after, 4) for after in (1, 5, 6, 10, 12, 14)] == [
         [6, 11, 13, 15], [6, 11, 13, 15], [11, 13, 14, 15], [11, 13, 14, 15], [13, 14, 15], [15],
     ]  # fmt: skip
-    assert deeper_units(found, 1, 1) == [2] and deeper_units(found, 1, 2) == [6, 11] and deeper_units(found, 15, 4) == []
+    assert (
+        deeper_units(found, 1, 1) == [2] and deeper_units(found, 1, 2) == [6, 11] and deeper_units(found, 15, 4) == []
+    )
 
 
 @pytest.mark.parametrize("mixing", ["sum", "scaled", "weights"])
@@ -366,7 +374,7 @@ def test_weights_are_mixed_without_a_tensor_of_them():
 
 def test_what_cannot_be_mixed_is_named():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.PReLU()) for _ in range(4)), nn.Linear(4, 3))
-    with pytest.raises(ValueError, match="mixing: got 'weights' with a layer that cannot be mixed, .*PReLU"):
+    with pytest.raises(ValueError, match=r"mixing: got 'weights' with a layer that cannot be mixed, .*PReLU"):
         split(model, 2, shape=(2, 4), method=Method(copies=1, mixing="weights"))
 
 
@@ -503,6 +511,6 @@ def test_what_cannot_be_is_said():
     ):
         with pytest.raises(ValueError, match=said):
             cut(**{"method": "dgl", **options})
-    with pytest.raises(TypeError, match="model: got str, expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"model: got str, expected an nn.Module"):
         split("resnet32", 2, shape=SHAPE)
     assert set(local.__all__) == {"METHODS", "LocalNetwork", "Method", "split"}

@@ -106,5 +106,5 @@ def contrast(features: Tensor, targets: Tensor, temperature: float = 0.07) -> Te
     alike = (targets[:, None] == targets[None]) & ~itself
     count = alike.sum(1)
     of_alike = torch.where(alike, logits - logits.logsumexp(1, keepdim=True), 0.0).sum(1)
-    has = count > 0
-    return -(of_alike[has] / count[has]).sum() / has.sum().clamp(min=1)
+    # Nothing is indexed by values, for which a GPU would have to wait; and where none is alike the sum is zero.
+    return -(of_alike / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
