@@ -9,7 +9,8 @@ from rl_kernels.systems.models import DigitsResNet
 from rl_kernels.testing import peak_memory
 
 
-@pytest.mark.parametrize(("method", "modules"), [("bp", 1), ("greedy", 3), ("mlaan", 3)])
+# Not "greedy": a mean's gradient is expanded, and the CPU's batch norm copies such a one inside its backward.
+@pytest.mark.parametrize(("method", "modules"), [("bp", 1), ("mlaan", 2), ("mlaan", 3)])
 def test_the_meta_device_counts_what_the_cpu_allocates(method, modules):
     found = {}
     for device in ("cpu", "meta"):
