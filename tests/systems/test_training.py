@@ -260,9 +260,14 @@ def test_other_images_are_evaluated(tiny, folder, tmp_path):
 def test_a_run_begins_with_the_weights_of_another(tiny, tmp_path):
     whole, on = tmp_path / "whole", tmp_path / "on"
     found = train(tiny("every=null"), whole)
-    train(tiny(f"weights={whole}", "every=null", "learning_rate=0", "weight_decay=0"), on)
+    after = train(tiny(f"weights={whole}", "every=null", "learning_rate=0", "weight_decay=0"), on)
     before = next(line for line in log(on) if line["event"] == "epoch")
     assert before["epoch"] == before["step"] == 0 and before["test_accuracy"] == found["accuracy"]
+    (on / files.METRICS).unlink()
+    whole.rename(tmp_path / "kept")
+    assert training.resume(on, show=False)["accuracy"] == after["accuracy"], "it needs them no more"
+    assert training.evaluate(on)["accuracy"] == after["accuracy"]
+    (tmp_path / "kept").rename(whole)
     fitted = SYSTEM.build(tiny(f"weights={whole}", "init=fit"), ImageShape(1, 8, 10)).model
     assert any(isinstance(module, rl.nn.ReplacementLayer) for module in fitted.modules())
     with pytest.raises(ValueError, match=r"model.weights: .* does not fit digits_resnet"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import statistics
@@ -117,6 +118,7 @@ class _Run:
         import_torchvision()  # Before Fabric, which imports it where torchmetrics is installed.
         self.system, self.config, self.folder, self.resumed, self.show = system, config, folder, resumed, show
         self.listening = Listening()
+        self.last_scores: dict[str, float] = {}
 
     def go(self) -> dict[str, Any]:
         config = self.config
@@ -130,10 +132,10 @@ class _Run:
             raise RunError(f"data: {data.name} has sha256 {sha256}, expected {recorded} as when the run began")
 
         with self.listening:
-            self._prepare_model(fabric, shape)
+            content = self.read_checkpoint(self.folder / files.LAST) if self.resumed else None
+            self._prepare_model(fabric, shape, begun=content is not None)
             if fabric.is_global_zero and not self.resumed:
                 files.write_json(self.folder / files.RUN, self._described(sha256))
-            content = self.read_checkpoint(self.folder / files.LAST) if self.resumed else None
             progress = Progress()
             if content is not None:
                 progress = load_state(content, self.bare, self.optimizer, self._average(), self.sharded)
@@ -147,14 +149,13 @@ class _Run:
         config = self.config
         data = sets.load(name or config.data.name, config.data.root, config.data.download)
         own = data if name is None else sets.load(config.data.name, config.data.root, config.data.download)
-        torch.manual_seed(config.seed)
         shape = self._prepare_data(own)
         if len(data.classes) != shape.classes:
             raise ValueError(f"data: got {len(data.classes)} classes of {data.name}, expected {shape.classes}")
         self.tests = loading.pictures(config.data, data.test, shape.size, shape.channels, training=False)
         fabric = self._fabric(alone=True)
         self.reader = Reader(fabric, config, shape)
-        built = self.system.build(config, shape)
+        built = self._build(shape, begun=True)
         self.sharded, self.averaged = False, None
         self.bare = built.model
         if config.ema is not None:
@@ -235,14 +236,21 @@ class _Run:
         self.shape = ImageShape(data.channels, size, len(data.classes), tuple(mean.tolist()), tuple(std.tolist()))
         return self.shape
 
-    def _prepare_model(self, fabric: Fabric, shape: ImageShape) -> None:
+    def _build(self, shape: ImageShape, begun: bool) -> Built:
+        """The model; of a run that has a checkpoint without the weights that it began with, which may be gone."""
+        config = self.config
+        if begun:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None))
+        torch.manual_seed(config.seed)
+        return self.system.build(config, shape)
+
+    def _prepare_model(self, fabric: Fabric, shape: ImageShape, begun: bool) -> None:
         config, runtime = self.config, self.config.runtime
         self.reader = Reader(fabric, config, shape)
-        torch.manual_seed(config.seed)
         self.sharded = runtime.strategy == "fsdp2"
         if self.sharded and config.ema is not None:
             raise ValueError(f"ema: got {config.ema} with runtime.strategy='fsdp2', expected null")
-        self.built: Built = self.system.build(config, shape)
+        self.built: Built = self._build(shape, begun)
         self.bare = self.built.model
         self.parameters = count(self.bare)
         self.trainable = sum(p.numel() for p in self.bare.parameters() if p.requires_grad)
@@ -293,7 +301,7 @@ class _Run:
             if progress.step:
                 record.say(f"going on after step {progress.step} of {total}")
             elif config.model.weights is not None:  # What they are worth here, before anything is learnt.
-                record.epoch({"epoch": 0, "step": 0, **self._scores(fabric), "seconds": 0.0})
+                record.epoch({"epoch": 0, "step": 0, **self._scores(), "seconds": 0.0})
             while progress.evaluated < config.epochs:
                 self._finish_epoch(fabric, progress, record)
         metrics = self._metrics(fabric, progress)
@@ -324,7 +332,7 @@ class _Run:
                 self._stop_if_asked(fabric, progress)
         losses = progress.loss_sum / self.steps
         line: dict[str, Any] = {"epoch": epoch + 1, "step": progress.step, "train_loss": losses}
-        scores = self._scores(fabric)
+        scores = self.last_scores = self._scores()
         progress.seconds = before + time.perf_counter() - started
         record.epoch({**line, **scores, "seconds": progress.seconds})
         progress.evaluated, progress.loss_sum = epoch + 1, 0.0
@@ -338,9 +346,10 @@ class _Run:
             files.write_checkpoint(self.folder / files.LAST, content)
         self._stop_if_asked(fabric, progress, written=True)
 
-    def _scores(self, fabric: Fabric) -> dict[str, float]:
-        """Loss and accuracy, of the average weights as well, on the images by which the best epoch is chosen."""
-        kind, scored = ("test", self.tests) if self.validation is None else ("validation", self.validation)
+    def _scores(self, of: str | None = None) -> dict[str, float]:
+        """Loss and accuracy, of the average weights as well, on images by which the best epoch is chosen, or ``of``."""
+        kind = of or ("test" if self.validation is None else "validation")
+        scored = self.validation if kind == "validation" and self.validation is not None else self.tests
         scores = {f"{kind}_{key}": value for key, value in self.reader.evaluate(self.model, scored).items()}
         average = self._average()
         if average is not None:
@@ -425,15 +434,11 @@ class _Run:
 
     def _metrics(self, fabric: Fabric, progress: Progress) -> dict[str, Any]:
         """The final figures: of the last epoch, on test images, which nothing was chosen by."""
-        test = self.reader.evaluate(self.model, self.tests)
-        average = self._average()
-        of_average = {} if average is None else self.reader.evaluate(average, self.tests)
+        test = self.last_scores if "test_accuracy" in self.last_scores else self._scores("test")
         steps = [line["seconds"] for line in files.read_log(self.folder) if line["event"] == "step"]
         of_system = self.system.figures(self.config, self.bare, lambda: self._another_step(fabric), self._images)
         return {
-            "accuracy": test["accuracy"],
-            "loss": test["loss"],
-            **{f"{key}_ema": value for key, value in of_average.items()},
+            **{key.removeprefix("test_"): value for key, value in test.items()},
             "parameters": self.parameters,
             "trainable_parameters": self.trainable,
             "coefficients": self.coefficients,
