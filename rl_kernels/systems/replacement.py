@@ -23,6 +23,7 @@ from rl_kernels.systems import networks
 from rl_kernels.systems.config import Config, Model
 from rl_kernels.systems.contract import Built, System
 from rl_kernels.systems.networks import ImageShape
+from rl_kernels.systems.schedules import CIFAR, IMAGENET, IMAGENET_DATA
 
 
 @dataclass(frozen=True)
@@ -87,43 +88,18 @@ class ReplacementConfig(Config):
 
 
 def _cifar(model: str) -> dict[str, Any]:
-    """400 epochs of SGD, as the group's other papers are tabulated with."""
-    return {
-        "model": {"name": model},
-        "data": {"name": "cifar10", "augmentation": "crop-flip"},
-        "optimizer": {"name": "sgd", "learning_rate": 0.8, "weight_decay": 1e-4},
-        "schedule": {"warmup": 0.0},
-        "epochs": 400,
-        "batch_size": 1024,
-    }
+    return {"model": {"name": model}, "data": {"name": "cifar10", "augmentation": "crop-flip"}, **CIFAR}
 
 
 def _imagenet(model: str, **more: Any) -> dict[str, Any]:
-    """90 epochs of SGD at 224 pixels."""
-    return {
-        "model": {"name": model},
-        "data": {"name": "imagenet", "size": 224, "augmentation": "resized-crop", "workers": 8},
-        "optimizer": {"name": "sgd", "learning_rate": 0.1, "weight_decay": 1e-4},
-        "schedule": {"warmup": 0.0},
-        "runtime": {"precision": "bf16-mixed", "channels_last": True},
-        "epochs": 90,
-        "batch_size": 256,
-        **more,
-    }
+    return {"model": {"name": model}, "data": IMAGENET_DATA, **IMAGENET, **more}
 
 
 def _imagenet_vit(model: str) -> dict[str, Any]:
     """300 epochs of AdamW with strong augmentation, attention replaced only."""
     return _imagenet(
         model,
-        data={
-            "name": "imagenet",
-            "size": 224,
-            "augmentation": "resized-crop",
-            "workers": 8,
-            "mixup": 0.8,
-            "cutmix": 1.0,
-        },
+        data={**IMAGENET_DATA, "mixup": 0.8, "cutmix": 1.0},
         optimizer={"learning_rate": 1e-3, "clip": 1.0},
         schedule={"warmup": 0.05},
         label_smoothing=0.1,

@@ -62,7 +62,9 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny, tmp_path):
     assert log(whole) == log(broken) and resumed["accuracy"] == expected["accuracy"]
 
 
-@pytest.mark.parametrize("method", ["greedy", "mlaan", "checkpointing"])
+@pytest.mark.parametrize(
+    "method", ["mlaan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("greedy", "checkpointing"))]
+)
 def test_two_processes_are_one(method, tiny, folder):
     """Of a network without batch norm, whose statistics are of a process."""
     settings = ("model.name=digits_vit", "width=16", "limit=96", "epochs=1", "batch_size=32", "optimizer.name=sgd")

@@ -20,6 +20,7 @@ from rl_kernels.systems.local.probing import probe
 from rl_kernels.systems.local.splitting import split
 from rl_kernels.systems.networks import ImageShape
 from rl_kernels.systems.replacement import Replacement, build_replaced
+from rl_kernels.systems.schedules import CIFAR, IMAGENET, IMAGENET_DATA
 
 
 @dataclass(frozen=True)
@@ -102,40 +103,28 @@ def _preset(model: str, data: str, modules: int, **more: Any) -> dict[str, Any]:
     return {"model": {"name": model}, "data": {"name": data}, "local": {"modules": modules}, **more}
 
 
-# 400 epochs of SGD, as the group's papers are tabulated with.
-_CIFAR: dict[str, Any] = {
-    "optimizer": {"name": "sgd", "learning_rate": 0.8, "weight_decay": 1e-4},
-    "schedule": {"warmup": 0.025},
-    "epochs": 400,
-    "batch_size": 1024,
-}
-_IMAGENET: dict[str, Any] = {
-    "optimizer": {"name": "sgd", "learning_rate": 0.1, "weight_decay": 1e-4},
-    "schedule": {"warmup": 0.0},
-    "runtime": {"precision": "bf16-mixed", "channels_last": True},
-    "epochs": 90,
-    "batch_size": 256,
-}
+def _cifar(model: str, modules: int) -> dict[str, Any]:
+    return _preset(model, "cifar10", modules, **CIFAR) | {"data": {"name": "cifar10", "augmentation": "crop-flip"}}
+
+
+def _imagenet(model: str) -> dict[str, Any]:
+    """Cascades of three modules, as public code has them there."""
+    more = {"data": IMAGENET_DATA, "local": {"modules": 4, "span": 3}}
+    return _preset(model, "imagenet", 4, **IMAGENET) | more
+
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # A first look.
     "short": _preset("resnet32", "mnist5k", 4, epochs=4) | {"model": {"name": "resnet32", "width": 8}},
     "digits": _preset("digits_resnet", "digits", 4),
     "digits-vit": _preset("digits_vit", "digits", 3, optimizer={"learning_rate": 4e-3}, epochs=8, batch_size=48),
     "animals": _preset("resnet32", "animals", 4, batch_size=128) | {"model": {"name": "resnet32", "width": 8}},
-    "paper-like": _preset("resnet32", "cifar10", 16, **_CIFAR),
-    "paper-like-resnet110": _preset("resnet110", "cifar10", 32, **_CIFAR),
-    **{
-        f"imagenet-resnet{depth}": _preset(f"torchvision/resnet{depth}", "imagenet", 4, **_IMAGENET)
-        for depth in (34, 101)
-    },
-    "imagenet-vit-small": _preset("timm/vit_small_patch16_224", "imagenet", 4, **_IMAGENET),
+    "paper-like": _cifar("resnet32", 16),
+    "paper-like-resnet110": _cifar("resnet110", 32),
+    "imagenet-resnet34": _imagenet("torchvision/resnet34"),
+    "imagenet-resnet101": _imagenet("torchvision/resnet101"),
+    "imagenet-vit-small": _imagenet("timm/vit_small_patch16_224"),
 }
-for _name, _each in PRESETS.items():
-    if _name.startswith("paper-like"):
-        _each["data"] = {**_each["data"], "augmentation": "crop-flip"}
-    elif _name.startswith("imagenet"):
-        _each["data"] = {**_each["data"], "size": 224, "augmentation": "resized-crop", "workers": 8}
-        _each["local"] = {**_each["local"], "span": 3}
 
 
 class LocalSystem(System[LocalConfig]):
