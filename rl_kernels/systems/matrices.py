@@ -17,7 +17,6 @@ from rich.progress import track
 from rl_kernels.systems import config as configs
 from rl_kernels.systems.config import Config
 from rl_kernels.systems.contract import System
-from rl_kernels.systems.local.methods import METHODS
 from rl_kernels.systems.registry import system
 from rl_kernels.systems.runner import folder as files
 from rl_kernels.systems.runner.stopping import Stopped, leave_interrupts_to_the_parent
@@ -127,11 +126,12 @@ MATRICES = {
         "short",
         3,
         {
-            "bp": ("method=bp",),
-            **{method: (f"method={method}",) for method in METHODS if method != "bp"},
+            **{
+                method: (f"method={method}",)
+                for method in ("bp", "checkpointing", "greedy", "dgl", "infopro-contrast", "man++", "hilo", "mlaan")
+            },
             "man++-weights": ("method=man++", "mixing=weights"),
             "mlaan-cascades-only": ("method=mlaan", "independent=false"),
-            "mlaan-equal-weights": ("method=mlaan", "independent_weight=0.5", "cascade_weight=0.5"),
             "mlaan-weights": ("method=mlaan", "mixing=weights"),
         },
         # Heads as narrow, beside those of public code, as the network is.

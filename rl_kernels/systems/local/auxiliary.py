@@ -120,7 +120,7 @@ class AuxiliaryNet(nn.Module):
             sources = tuple(unit.get_submodule(part.path) for unit in (self.copies[0], self.average))
             place = f"mixed.{part.path}"
             owns[place] = part.module
-            layers[place] = part.kind(sources, own=part.module, detach=(1,), coefficients=balance)
+            layers[place] = part.kind(sources, own=part.module, coefficients=balance)
         put(self, owns, layers, layers)
 
     def forward(self, x: Tensor) -> Tensor:
