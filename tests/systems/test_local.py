@@ -417,6 +417,8 @@ def test_heads_take_what_modules_return(name, shape):
 def test_tokens_are_judged_by_the_class_token():
     net = split(DigitsViT(dim=8, heads=2, depth=3), 3, shape=(2, 1, 8, 8), method="greedy")
     assert net.first_token and [m.first_token for m in net.modules() if isinstance(m, Pool)] == [True, True]
+    tokens = torch.randn(2, 5, 3)
+    assert torch.equal(Pool(True)(tokens), tokens[:, 0]) and torch.equal(Pool(False)(tokens), tokens.mean(1))
     net.step(*batch((6, 1, 8, 8)))
     with pytest.raises(ValueError, match=r"method: got reconstruction with outputs of shape \(2, 17, 8\) of module 0"):
         split(DigitsViT(dim=8, heads=2, depth=3), 3, shape=(2, 1, 8, 8), method="infopro-softmax")
