@@ -45,6 +45,8 @@ class Matrix:
 
 
 ONE_THREAD = ("runtime.accelerator=cpu", "runtime.threads=1")
+NARROW = (*ONE_THREAD, "model.width=4")
+"""Of ResNet-32: what two cores train in minutes."""
 WHOLE = ("replacement.every=null",)
 
 MATRICES = {
@@ -90,7 +92,7 @@ MATRICES = {
         "What does replacement cost on drawn animals, and what do simpler nets of that size reach?",
         "replacement",
         "animals",
-        2,
+        3,
         {
             "whole": WHOLE,
             "every-4": (),
@@ -98,15 +100,15 @@ MATRICES = {
             "control-removed": ("control=removed",),
             "control-narrowed": ("control=narrowed",),
         },
-        ONE_THREAD,
+        (*NARROW, "epochs=6"),
     ),
     "fine-tuning": Matrix(
         "What is left of a trained net when it is converted, and what do two epochs bring back?",
         "replacement",
         "animals",
-        2,
+        3,
         {
-            "trained-whole": WHOLE,
+            "trained-whole": (*WHOLE, "epochs=6"),
             **{
                 label: ("weights={trained-whole}", "epochs=2", "learning_rate=0.001", *settings)
                 for label, settings in {
@@ -118,7 +120,7 @@ MATRICES = {
                 }.items()
             },
         },
-        ONE_THREAD,
+        NARROW,
     ),
     "local": Matrix(
         "What do locally supervised modules cost and save, beside back-propagation and its checkpointing?",
@@ -135,7 +137,7 @@ MATRICES = {
             "mlaan-weights": ("method=mlaan", "mixing=weights"),
         },
         # Heads as narrow, beside those of public code, as the network is.
-        (*ONE_THREAD, "modules=4", "head_width=64", "probe=true"),
+        (*NARROW, "modules=4", "head_width=32", "probe=true"),
     ),
 }
 
