@@ -6,16 +6,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_kernels.conversion import Plan
 from rl_kernels.systems.config import Config
-from rl_kernels.systems.networks import ImageShape
 
 C = TypeVar("C", bound=Config)
+
+
+class ImageShape(NamedTuple):
+    """What a network is built for: images of ``channels`` and ``size`` pixels a side, told apart as ``classes``.
+
+    Pixels from 0 to 1 are standardised by ``mean`` and ``std`` of each channel.
+    """
+
+    channels: int
+    size: int
+    classes: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)

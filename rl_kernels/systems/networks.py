@@ -5,28 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from rl_kernels.conversion.options import one_of
 from rl_kernels.conversion.zoo import import_timm, import_torchvision
 from rl_kernels.systems.config import Model
+from rl_kernels.systems.contract import ImageShape
 from rl_kernels.systems.models import DigitsResNet, DigitsViT
 from rl_kernels.systems.runner.folder import LAST, read_checkpoint
-
-
-class ImageShape(NamedTuple):
-    """What a network is built for: images of ``channels`` and ``size`` pixels a side, told apart as ``classes``.
-
-    Pixels from 0 to 1 are standardised by ``mean`` and ``std`` of each channel.
-    """
-
-    channels: int
-    size: int
-    classes: int
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
 
 
 def _resnet(depth: int) -> Callable[[ImageShape, int | None], nn.Module]:

@@ -21,8 +21,7 @@ from rl_kernels.conversion.blocks import count
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.systems import networks
 from rl_kernels.systems.config import Config, Model
-from rl_kernels.systems.contract import Built, System
-from rl_kernels.systems.networks import ImageShape
+from rl_kernels.systems.contract import Built, ImageShape, System
 from rl_kernels.systems.schedules import CIFAR, IMAGENET, IMAGENET_DATA
 
 

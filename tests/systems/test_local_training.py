@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import rl_kernels as rl
-from rl_kernels.systems.contract import Plain
+from rl_kernels.systems.contract import ImageShape, Plain
 from rl_kernels.systems.local.system import PRESETS
-from rl_kernels.systems.networks import ImageShape
 from rl_kernels.systems.registry import system
 from rl_kernels.systems.runner import folder as files
 from rl_kernels.systems.runner import training

@@ -14,8 +14,7 @@ import torch
 
 import rl_kernels as rl
 from rl_kernels.systems import networks
-from rl_kernels.systems.contract import Plain
-from rl_kernels.systems.networks import ImageShape
+from rl_kernels.systems.contract import ImageShape, Plain
 from rl_kernels.systems.registry import system
 from rl_kernels.systems.replacement import PRESETS
 from rl_kernels.systems.runner import folder as files

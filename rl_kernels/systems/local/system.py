@@ -13,12 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from rl_kernels.conversion.blocks import count
 from rl_kernels.conversion.options import one_of
 from rl_kernels.systems.config import Config
-from rl_kernels.systems.contract import Batches, Built, Engine, System
+from rl_kernels.systems.contract import Batches, Built, Engine, ImageShape, System
 from rl_kernels.systems.local.methods import METHODS, Method
 from rl_kernels.systems.local.network import LocalNetwork
 from rl_kernels.systems.local.probing import probe
 from rl_kernels.systems.local.splitting import split
-from rl_kernels.systems.networks import ImageShape
 from rl_kernels.systems.replacement import Replacement, build_replaced
 from rl_kernels.systems.schedules import CIFAR, IMAGENET, IMAGENET_DATA
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rl_kernels.systems.config import Config
+from rl_kernels.systems.contract import ImageShape
 from rl_kernels.systems.data import loading
-from rl_kernels.systems.networks import ImageShape
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

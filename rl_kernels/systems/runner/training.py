@@ -21,10 +21,9 @@ from rl_kernels.conversion.zoo import import_timm, import_torchvision
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.systems import config as configs
 from rl_kernels.systems.config import Config
-from rl_kernels.systems.contract import Batches, Built, System
+from rl_kernels.systems.contract import Batches, Built, ImageShape, System
 from rl_kernels.systems.data import loading, sets
 from rl_kernels.systems.digits import optimizer_bytes
-from rl_kernels.systems.networks import ImageShape
 from rl_kernels.systems.registry import system as system_of
 from rl_kernels.systems.runner import folder as files
 from rl_kernels.systems.runner.engine import FabricEngine
