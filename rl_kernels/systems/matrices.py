@@ -92,7 +92,7 @@ MATRICES = {
         "What does replacement cost on drawn animals, and what do simpler nets of that size reach?",
         "replacement",
         "animals",
-        3,
+        2,
         {
             "whole": WHOLE,
             "every-4": (),
@@ -106,7 +106,7 @@ MATRICES = {
         "What is left of a trained net when it is converted, and what do two epochs bring back?",
         "replacement",
         "animals",
-        3,
+        2,
         {
             "trained-whole": (*WHOLE, "epochs=6"),
             **{
@@ -137,7 +137,7 @@ MATRICES = {
             "mlaan-weights": ("method=mlaan", "mixing=weights"),
         },
         # Heads as narrow, beside those of public code, as the network is.
-        (*NARROW, "modules=4", "head_width=32", "probe=true"),
+        (*NARROW, "limit=2000", "epochs=5", "modules=4", "head_width=32", "probe=true"),
     ),
 }
 
