@@ -24,9 +24,9 @@ def simple_table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Ta
     return table
 
 
-def as_text(renderable: RenderableType) -> str:
-    """What rich would print, without colours, in lines of ``WIDTH`` characters at most."""
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
+def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
+    """What rich would print, without colours, in lines of so many characters at most."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rl_kernels.systems.comparing import Group
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
+RUNS = click.Path(path_type=Path)
+"""Folders of runs, or records of comparisons."""
 JOBS = click.option(
     "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time, a process each."
 )
@@ -135,12 +137,13 @@ def eval_command(folder: Path, checkpoint: str, data: str | None) -> None:
 
 
 @click.command("compare")
-@click.argument("folders", nargs=-1, type=FOLDER)
+@click.argument("folders", nargs=-1, type=RUNS)
 @click.option("--matrix", help="Train this experiment's runs first; see --list. Takes one folder, or --out.")
 @click.option("--out", type=FOLDER, help="The folder of a matrix.  [default: runs/MATRIX]")
 @click.option("--epochs", type=click.IntRange(min=1), help="Of every run of a matrix, instead of its own.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Of every variant of a matrix, instead of its own.")
 @click.option("--json", "record", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here, too.")
+@click.option("--to", "level", type=click.FloatRange(0, 1), help="Say when a run first scored this, as 0.95.")
 @click.option("--list", "listed", is_flag=True, help="Show the experiments, and stop.")
 @JOBS
 def compare_command(
@@ -150,10 +153,14 @@ def compare_command(
     epochs: int | None,
     seeds: int | None,
     record: Path | None,
+    level: float | None,
     listed: bool,
     jobs: int,
 ) -> None:
-    """Compare the runs in FOLDERS: mean, deviation, and the paired difference to the first with its interval."""
+    """Compare the runs in FOLDERS: mean, deviation, and the paired difference to the first with its interval.
+
+    FOLDERS may be records, too, as --json writes them.
+    """
     with _errors_in_words():
         from rl_kernels.conversion.options import one_of
         from rl_kernels.systems.comparing import as_record
@@ -171,20 +178,24 @@ def compare_command(
             folders = tuple(carry_out(MATRICES[matrix], out or Path("runs") / matrix, jobs, epochs=epochs, seeds=seeds))
         if not folders:
             raise ValueError("folders: got none, expected one or more folders of runs, or --matrix")
-        groups = _print_groups(folders)
+        groups = _print_groups(folders, level)
         if record is not None:
             write_json(record, as_record(groups))
 
 
 @click.command("report")
-@click.argument("folders", nargs=-1, required=True, type=FOLDER)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="  [default: FOLDER/report.html]")
+@click.argument("folders", nargs=-1, required=True, type=RUNS)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="  [default: report.html in, or beside, the first]",
+)
 def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
-    """Write one HTML page about the runs in FOLDERS, with tables and curves."""
+    """Write one HTML page about the runs in FOLDERS, or in records of `compare --json`, with tables and curves."""
     with _errors_in_words():
         from rl_kernels.systems.report import NAME, write_report
 
-        path = output or folders[0] / NAME
+        path = output or (folders[0].parent if folders[0].is_file() else folders[0]) / NAME
         write_report(folders, path)
         click.echo(f"wrote {path}")
 
@@ -199,14 +210,14 @@ def _print_metrics(metrics: dict[str, object], folder: Path) -> None:
     click.echo(f"in {folder}")
 
 
-def _print_groups(folders: Sequence[Path]) -> list[Group]:
+def _print_groups(folders: Sequence[Path], level: float | None = None) -> list[Group]:
     from rl_kernels.systems.comparing import load_groups, table
 
     groups = load_groups(folders)
-    headings, rows = table(groups)
+    headings, rows = table(groups, level)
     drawn = simple_table("", *headings, numbers=tuple(headings[1:]))
     drawn.columns[0].no_wrap = True
     for row in rows:
         drawn.add_row(*row)
-    click.echo(as_text(drawn))
+    click.echo(as_text(drawn, width=240))  # No figure is cut short.
     return groups

@@ -398,6 +398,11 @@ def check_plain(model: nn.Module) -> None:
     """Raise unless ``model`` is a module without replaced layers, whose parameters all have shapes."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if "_orig_mod" in model._modules:
+        raise ValueError(
+            f"model: got {type(model).__name__}, which torch.compile made, expected the model inside it: plan and "
+            "replace that, then compile it"
+        )
     for path, module in model.named_modules():
         if isinstance(module, ReplacementLayer):
             raise ValueError(f"model: got one with replaced layers ({path or 'itself'}), expected none; see merge")

@@ -61,7 +61,7 @@ def exchanged(folder: Path) -> Iterator[Path]:
         yield temporary
         _move(folder, temporary)
     except (OSError, safetensors("safetensors").SafetensorError) as error:
-        state = "it holds what it held before"
+        state = "it holds what it held before" if there else "there is none, as before"
         if temporary is not None and _holds_files(temporary / _BEFORE):
             state = f"what it held is in {temporary / _BEFORE}"
         raise OSError(f"folder: {folder} could not be written, and {state}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _FORMAT = 2
 """1 knows whole sources, and the granularities "scalar" and "channel". What it can say is written so."""
 
 Build = Callable[[], nn.Module] | nn.Module | type | None
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, max_shard_size: int | str = "5 GB") -> None:
@@ -119,6 +122,7 @@ def load_pretrained(
         ImportError: safetensors is not installed.
     """
     files.safetensors("safetensors")
+    _check_options(build, device, dtype)
     path = Path(folder)
     saved = _Saved.read(path)
     weights = files.weight_files(path, saved.files)
@@ -274,6 +278,31 @@ def _built(folder: Path, build: Build) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"build: got one that makes {type(model).__name__}, expected an nn.Module")
     return model
+
+
+def _check_options(build: Build, device: Any, dtype: Any) -> None:
+    """Raise before anything is read or made."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: got {dtype!r}, expected a torch.dtype, as torch.bfloat16")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype}, expected one of floating-point numbers")
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: got {device!r}, expected a device: {str(error).splitlines()[0]}") from error
+    if build is None or isinstance(build, nn.Module) or is_huggingface(build) or hasattr(build, "from_config"):
+        return
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except (TypeError, ValueError):  # It says nothing of what it takes.
+        return
+    needed = [each.name for each in parameters if each.default is each.empty and each.kind not in _VARIADIC]
+    if needed:
+        name = getattr(build, "__name__", type(build).__name__)
+        raise TypeError(
+            f"build: got {name}, which needs {', '.join(needed)}, expected a function without arguments, as "
+            f"lambda: {name}(...)"
+        )
 
 
 def _with_tied(found: dict[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:

@@ -129,13 +129,10 @@ class ReplacementLayer(nn.Module):
         if own is not None:
             self.check_source(own, "own")
             self._check_alike("own", own, "sources[0]", sources[0])
-        if not set(detach) <= set(range(len(sources))):
-            raise ValueError(f"detach: got {sorted(detach)}, expected indices of the {len(sources)} sources")
         self.granularity: Granularity = granularity
-        self.detach: tuple[int, ...] = tuple(sorted(set(detach)))
         self._sources = Unregistered(*(module_of(source) for source in sources))
         self._borrowed = Unregistered()
-        self._cut(sources)
+        self._detach_and_cut(detach, sources)
         if coefficients is not None:
             if granularity != "scalar":
                 raise ValueError(f"granularity: got {granularity!r} with shared coefficients, expected 'scalar'")
@@ -157,6 +154,12 @@ class ReplacementLayer(nn.Module):
         made = Coefficients(values, constraint) if isinstance(self.granularity, str) else None
         # Their start is known on the CPU.
         return (made or GroupedCoefficients(values, constraint, channels=channels)).to(weight.device)
+
+    def _detach_and_cut(self, detach: Collection[int], sources: Sequence[Source]) -> None:
+        if not set(detach) <= set(range(len(sources))):
+            raise ValueError(f"detach: got {sorted(detach)}, expected indices of the {len(sources)} sources")
+        self.detach: tuple[int, ...] = tuple(sorted(set(detach)))
+        self._cut(sources)
 
     def _cut(self, sources: Sequence[Source]) -> None:
         """Mix of the sources what these views of them say."""
@@ -302,6 +305,14 @@ class ReplacementLayer(nn.Module):
         self._standing = None
         if known is not None:
             self.stand_in(known[0])
+
+    def detach_sources(self, detach: Collection[int]) -> None:
+        """Give these sources, and no others, no gradient from now on: as the constructor's ``detach``.
+
+        Raises:
+            ValueError: an index of no source.
+        """
+        self._detach_and_cut(detach, self.views)
 
     @property
     def runs_on(self) -> tuple[nn.Module, ...]:

@@ -89,14 +89,14 @@ class Difference:
 
 
 def load_groups(folders: Iterable[Path]) -> list[Group]:
-    """Read runs: each folder is a run, or holds runs (of several seeds), or folders of those.
+    """Read runs: each folder is a run, or holds runs (of several seeds), or folders of those; or is a record.
 
     Raises:
         RunError: a folder without a finished run, groups of one name, or of several systems or data sets.
     """
     groups: list[Group] = []
-    for folder in folders:
-        groups += _groups(Path(folder))
+    for folder in map(Path, folders):
+        groups += _recorded(folder) if folder.is_file() else _groups(folder)
     labels = [group.label for group in groups]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
@@ -127,6 +127,24 @@ def _groups(folder: Path) -> list[Group]:
     if not found:
         raise RunError(f"compare: {folder} holds no run")
     return found
+
+
+def _recorded(path: Path) -> list[Group]:
+    """The groups of which :func:`as_record` made what the file holds."""
+    record = files.read_json(path)
+    try:
+        about = {key: value for key, value in record.items() if key not in ("groups", "score", "confidence")}
+        groups = []
+        for group in record["groups"]:
+            each = zip(group["config"]["seed"], group["metrics"], group["curves"], strict=True)
+            runs = (
+                Run(path, seed, {**about, "config": {**group["config"], "seed": seed}}, metrics, tuple(curve))
+                for seed, metrics, curve in each
+            )
+            groups.append(Group(group["label"], tuple(runs)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"compare: {path} is no record of a comparison: {type(error).__name__}: {error}") from error
+    return groups
 
 
 def _holds_runs(folder: Path) -> bool:
@@ -176,11 +194,17 @@ def score_of(groups: Sequence[Group]) -> str:
 
 
 HEADINGS = ("", "seeds", "{score} %", "difference", "interval", "parameters", "optimizer", "peak", "ms a step")
+OF_SYSTEMS = {"auxiliary_parameters": "auxiliary", "step_flops": "GFLOP a step"}
+"""Figures that only some systems have, and what they are called in a table."""
 
 
-def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows; differences are against the first group, in points of a percent."""
+def table(groups: Sequence[Group], level: float | None = None) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows; differences are against the first group, in points of a percent.
+
+    With a ``level`` of the score also when an epoch's first reached it: mean epoch and seconds of the runs that did.
+    """
     score = score_of(groups)
+    more = [figure for figure in OF_SYSTEMS if any(group.values(figure) for group in groups)]
     rows = []
     for number, group in enumerate(groups):
         mean, deviation = group.mean(score), group.deviation(score)
@@ -191,17 +215,35 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
                 group.label,
                 str(len(group.runs)),
                 f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"),
-                ""
-                if against is None
-                else f"{100 * against.mean:+.2f}" + ("" if against.seen else " (inside the noise)"),
+                "" if against is None else _points(against),
                 "" if against is None or against.low is None else _interval(against),
                 _count(group.mean("parameters")),
                 _mebibytes(group.mean("optimizer_bytes")),
                 _mebibytes(group.mean("peak_bytes")),
                 _milliseconds(group.mean("step_seconds")),
+                *(_count(group.mean(each)) if each != "step_flops" else _giga(group.mean(each)) for each in more),
+                *(() if level is None else _reached(group, score, level)),
             ]
         )
-    return [heading.format(score=score) for heading in HEADINGS], rows
+    headings = [heading.format(score=score) for heading in HEADINGS] + [OF_SYSTEMS[each] for each in more]
+    return headings + ([] if level is None else [f"epochs to {100 * level:g} %", "seconds"]), rows
+
+
+def _reached(group: Group, score: str, level: float) -> tuple[str, str]:
+    lines = [first for run in group.runs if (first := first_at(run, score, level)) is not None]
+    if not lines:
+        return "never", ""
+    share = "" if len(lines) == len(group.runs) else f" ({len(lines)} of {len(group.runs)})"
+    epochs, seconds = (statistics.fmean(line[key] for line in lines) for key in ("epoch", "seconds"))
+    return f"{epochs:.1f}{share}", f"{seconds:.1f}"
+
+
+def first_at(run: Run, score: str, level: float) -> dict[str, Any] | None:
+    """Return the line of the first epoch whose score is ``level`` or more; None where none is."""
+    for line in run.epochs:
+        if any(key.endswith(f"_{score}") and value >= level for key, value in line.items()):
+            return line
+    return None
 
 
 def _points(against: Difference) -> str:
@@ -225,6 +267,10 @@ def _mebibytes(value: float | None) -> str:
 
 def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{1e3 * value:.1f}"
+
+
+def _giga(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e9:.2f}"
 
 
 def _without_places(run: Run) -> dict[str, Any]:

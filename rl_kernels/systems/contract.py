@@ -1,20 +1,33 @@
-"""What a system is to the runner: a config, presets, a model, and the loss of a batch."""
+"""What a system is to the runner: a config, presets, a model, and what a step does."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_kernels.conversion import Plan
 from rl_kernels.systems.config import Config
-from rl_kernels.systems.networks import ImageShape
 
 C = TypeVar("C", bound=Config)
+
+
+class ImageShape(NamedTuple):
+    """What a network is built for: images of ``channels`` and ``size`` pixels a side, told apart as ``classes``.
+
+    Pixels from 0 to 1 are standardised by ``mean`` and ``std`` of each channel.
+    """
+
+    channels: int
+    size: int
+    classes: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,30 @@ class Built:
 
     model: nn.Module
     plan: Plan | None = None
+
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Images, standardised and on the device of the run, with their labels."""
+
+
+class Engine(Protocol):
+    """What differentiates the losses of a step, in whatever precision and over however many processes."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients to the parameters', and free its graph."""
+
+    def unsynchronised(self, piece: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+        """What runs through ``piece`` within does not average its gradients over processes, if ``wanted``."""
+
+
+class Plain:
+    """The engine of one process: torch's own backward."""
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def unsynchronised(self, piece: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
 
 
 class System(ABC, Generic[C]):
@@ -51,14 +88,46 @@ class System(ABC, Generic[C]):
             ValueError: a config that no model can have.
         """
 
-    def loss(self, config: C, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of a batch, to be differentiated.
+    def pieces(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Return what is compiled, and wrapped for several processes, one by one: by default the whole model."""
+        return (model,)
+
+    def wrap(self, model: nn.Module, pieces: Sequence[nn.Module]) -> nn.Module:
+        """Let the model run through these, its pieces wrapped; return what is called from then on."""
+        return pieces[0]
+
+    def step(self, config: C, model: nn.Module, images: Tensor, targets: Tensor, engine: Engine) -> Tensor:
+        """Differentiate what a batch is trained by, and return the mean loss without its graph.
 
         Args:
             config: the run's.
-            model: in training mode.
+            model: what :meth:`wrap` returned, in training mode.
             images: ``(B, channels, size, size)``.
             targets: int64 ``(B,)``, or probabilities ``(B, classes)`` of mixed images, already smoothed.
+            engine: what differentiates.
         """
         smoothing = config.label_smoothing if targets.ndim == 1 else 0.0
-        return F.cross_entropy(model(images), targets, label_smoothing=smoothing)
+        with engine.unsynchronised(model, False):
+            loss = F.cross_entropy(model(images), targets, label_smoothing=smoothing)
+            engine.backward(loss)
+        return loss.detach()
+
+    def updated(self, model: nn.Module) -> None:
+        """Do what follows an update of the model's weights: by default nothing."""
+
+    def figures(
+        self,
+        config: C,
+        model: nn.Module,
+        step: Callable[[], None],
+        data: Callable[[bool], Batches],
+    ) -> Mapping[str, Any]:
+        """Return final figures besides, or instead of, the runner's.
+
+        Args:
+            config: the run's.
+            model: as :meth:`build` made it, trained.
+            step: does one more step, without an update.
+            data: all batches, of training (True) or test.
+        """
+        return {}

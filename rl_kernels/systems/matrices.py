@@ -45,6 +45,8 @@ class Matrix:
 
 
 ONE_THREAD = ("runtime.accelerator=cpu", "runtime.threads=1")
+NARROW = (*ONE_THREAD, "model.width=4")
+"""Of ResNet-32: what two cores train in minutes."""
 WHOLE = ("replacement.every=null",)
 
 MATRICES = {
@@ -98,7 +100,7 @@ MATRICES = {
             "control-removed": ("control=removed",),
             "control-narrowed": ("control=narrowed",),
         },
-        ONE_THREAD,
+        (*NARROW, "epochs=6"),
     ),
     "fine-tuning": Matrix(
         "What is left of a trained net when it is converted, and what do two epochs bring back?",
@@ -106,7 +108,7 @@ MATRICES = {
         "animals",
         2,
         {
-            "trained-whole": WHOLE,
+            "trained-whole": (*WHOLE, "epochs=6"),
             **{
                 label: ("weights={trained-whole}", "epochs=2", "learning_rate=0.001", *settings)
                 for label, settings in {
@@ -118,7 +120,24 @@ MATRICES = {
                 }.items()
             },
         },
-        ONE_THREAD,
+        NARROW,
+    ),
+    "local": Matrix(
+        "What do locally supervised modules cost and save, beside back-propagation and its checkpointing?",
+        "local",
+        "short",
+        3,
+        {
+            **{
+                method: (f"method={method}",)
+                for method in ("bp", "checkpointing", "greedy", "dgl", "infopro-contrast", "man++", "hilo", "mlaan")
+            },
+            "man++-weights": ("method=man++", "mixing=weights"),
+            "mlaan-cascades-only": ("method=mlaan", "independent=false"),
+            "mlaan-weights": ("method=mlaan", "mixing=weights"),
+        },
+        # Heads as narrow, beside those of public code, as the network is.
+        (*NARROW, "limit=2000", "epochs=5", "modules=4", "head_width=32", "probe=true"),
     ),
 }
 

@@ -5,23 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from rl_kernels.conversion.options import one_of
 from rl_kernels.conversion.zoo import import_timm, import_torchvision
 from rl_kernels.systems.config import Model
+from rl_kernels.systems.contract import ImageShape
 from rl_kernels.systems.models import DigitsResNet, DigitsViT
 from rl_kernels.systems.runner.folder import LAST, read_checkpoint
-
-
-class ImageShape(NamedTuple):
-    """What a network is built for: images of ``channels`` and ``size`` pixels a side, told apart as ``classes``."""
-
-    channels: int
-    size: int
-    classes: int
 
 
 def _resnet(depth: int) -> Callable[[ImageShape, int | None], nn.Module]:

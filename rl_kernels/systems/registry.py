@@ -10,6 +10,7 @@ from rl_kernels.systems.contract import System
 
 SYSTEMS = {
     "replacement": "rl_kernels.systems.replacement",
+    "local": "rl_kernels.systems.local.system",
 }
 """Name to module; each module has a ``SYSTEM``."""
 

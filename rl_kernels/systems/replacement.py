@@ -20,9 +20,9 @@ import rl_kernels as rl
 from rl_kernels.conversion.blocks import count
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.systems import networks
-from rl_kernels.systems.config import Config
-from rl_kernels.systems.contract import Built, System
-from rl_kernels.systems.networks import ImageShape
+from rl_kernels.systems.config import Config, Model
+from rl_kernels.systems.contract import Built, ImageShape, System
+from rl_kernels.systems.schedules import CIFAR, IMAGENET, IMAGENET_DATA
 
 
 @dataclass(frozen=True)
@@ -87,43 +87,18 @@ class ReplacementConfig(Config):
 
 
 def _cifar(model: str) -> dict[str, Any]:
-    """400 epochs of SGD, as the group's other papers are tabulated with."""
-    return {
-        "model": {"name": model},
-        "data": {"name": "cifar10", "augmentation": "crop-flip"},
-        "optimizer": {"name": "sgd", "learning_rate": 0.8, "weight_decay": 1e-4},
-        "schedule": {"warmup": 0.0},
-        "epochs": 400,
-        "batch_size": 1024,
-    }
+    return {"model": {"name": model}, "data": {"name": "cifar10", "augmentation": "crop-flip"}, **CIFAR}
 
 
 def _imagenet(model: str, **more: Any) -> dict[str, Any]:
-    """90 epochs of SGD at 224 pixels."""
-    return {
-        "model": {"name": model},
-        "data": {"name": "imagenet", "size": 224, "augmentation": "resized-crop", "workers": 8},
-        "optimizer": {"name": "sgd", "learning_rate": 0.1, "weight_decay": 1e-4},
-        "schedule": {"warmup": 0.0},
-        "runtime": {"precision": "bf16-mixed", "channels_last": True},
-        "epochs": 90,
-        "batch_size": 256,
-        **more,
-    }
+    return {"model": {"name": model}, "data": IMAGENET_DATA, **IMAGENET, **more}
 
 
 def _imagenet_vit(model: str) -> dict[str, Any]:
     """300 epochs of AdamW with strong augmentation, attention replaced only."""
     return _imagenet(
         model,
-        data={
-            "name": "imagenet",
-            "size": 224,
-            "augmentation": "resized-crop",
-            "workers": 8,
-            "mixup": 0.8,
-            "cutmix": 1.0,
-        },
+        data={**IMAGENET_DATA, "mixup": 0.8, "cutmix": 1.0},
         optimizer={"learning_rate": 1e-3, "clip": 1.0},
         schedule={"warmup": 0.05},
         label_smoothing=0.1,
@@ -183,52 +158,59 @@ class ReplacementSystem(System[ReplacementConfig]):
     presets = PRESETS
 
     def build(self, config: ReplacementConfig, shape: ImageShape) -> Built:
-        wanted = config.replacement
-        model = networks.make(config.model, shape)
-        if wanted.every is None:
-            return Built(model)
-        made = self._plan(config, model)
-        if wanted.control == "none":
-            return Built(rl.replace(model, made), made)
-        if wanted.control == "tied":
-            rl.replace(model, made)
-            for module in model.modules():
-                if isinstance(module, Coefficients):
-                    module.requires_grad_(False)
-            return Built(model, made)
-        if wanted.control == "narrowed":
-            rl.replace(model, made)
-            return Built(_narrowed(config, shape, count(model)))
-        for block in made.replaced:
-            if wanted.control == "removed":
-                parent, _, name = block.path.rpartition(".")
-                setattr(model.get_submodule(parent), name, nn.Identity())
-            for layer in block.layers if wanted.control == "frozen" else ():
-                model.get_submodule(f"{block.path}.{layer.path}").requires_grad_(False)
+        return build_replaced(config.model, config.replacement, shape)
+
+
+def build_replaced(network: Model, wanted: Replacement, shape: ImageShape) -> Built:
+    """Make a network, and replace blocks of it or do with them what the control says.
+
+    Raises:
+        ValueError: as of ``networks.make`` and ``rl_kernels.plan``.
+    """
+    model = networks.make(network, shape)
+    if wanted.every is None:
         return Built(model)
+    made = _plan(wanted, model)
+    if wanted.control == "none":
+        return Built(rl.replace(model, made), made)
+    if wanted.control == "tied":
+        rl.replace(model, made)
+        for module in model.modules():
+            if isinstance(module, Coefficients):
+                module.requires_grad_(False)
+        return Built(model, made)
+    if wanted.control == "narrowed":
+        rl.replace(model, made)
+        return Built(_narrowed(network.name, shape, count(model)))
+    for block in made.replaced:
+        if wanted.control == "removed":
+            parent, _, name = block.path.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.Identity())
+        for layer in block.layers if wanted.control == "frozen" else ():
+            model.get_submodule(f"{block.path}.{layer.path}").requires_grad_(False)
+    return Built(model)
 
-    def _plan(self, config: ReplacementConfig, model: nn.Module) -> rl.Plan:
-        wanted = config.replacement
-        return rl.plan(
-            model,
-            every=wanted.every,
-            targets=wanted.targets,
-            offset=wanted.offset,
-            level=wanted.level,
-            init=(1.0, 0.0) if wanted.control == "tied" else wanted.init,
-            constraint=wanted.constraint,
-            granularity=wanted.granularity,
-            detach=wanted.detach,
-            share=wanted.share,
-            norms=wanted.norms,
-            window=wanted.window,
-            boundaries=wanted.boundaries,
-        )
+
+def _plan(wanted: Replacement, model: nn.Module) -> rl.Plan:
+    return rl.plan(
+        model,
+        every=wanted.every,
+        targets=wanted.targets,
+        offset=wanted.offset,
+        level=wanted.level,
+        init=(1.0, 0.0) if wanted.control == "tied" else wanted.init,
+        constraint=wanted.constraint,
+        granularity=wanted.granularity,
+        detach=wanted.detach,
+        share=wanted.share,
+        norms=wanted.norms,
+        window=wanted.window,
+        boundaries=wanted.boundaries,
+    )
 
 
-def _narrowed(config: ReplacementConfig, shape: ImageShape, parameters: int) -> nn.Module:
+def _narrowed(name: str, shape: ImageShape, parameters: int) -> nn.Module:
     """The whole network, as wide as comes nearest to ``parameters``."""
-    name = config.model.name
     if name not in networks.NETWORKS:
         raise ValueError(f"replacement.control: got 'narrowed' for {name}, expected a network that has a width")
     counts: dict[int, int] = {}

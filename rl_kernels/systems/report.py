@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "report.html"
+MOST_BANDS = 6  # More of them hide one another.
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -41,8 +42,8 @@ Differences, in points of a percent, are against {{ rows[0][0] }}, seed by seed,
 "inside the noise": the interval holds zero; "one pair": there is none.{%- endif %}</p>
 <h2>Curves</h2>
 <figure>{{ curves|safe }}</figure>
-<p class="note">Lines: mean over seeds; bands: lowest to highest. Seconds are of the machine below, evaluation
-included.</p>
+<p class="note">Lines: mean over seeds{% if rows|length <= bands %}; bands: lowest to highest{% endif %}.
+Seconds are of the machine below, evaluation included.</p>
 <h2>Configuration</h2>
 <table><tr><th>field</th>{% for each in labels %}<th>{{ each }}</th>{% endfor %}</tr>
 {% for name, values in fields %}<tr><td>{{ name }}</td>{% for each in values %}<td>{{ each }}</td>{% endfor %}</tr>
@@ -82,6 +83,7 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         headings=headings,
         rows=rows,
         curves=_curves(groups),
+        bands=MOST_BANDS,
         labels=[group.label for group in groups],
         fields=_fields(groups),
         made=_made(first),
@@ -114,7 +116,7 @@ def _made(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _curves(groups: Sequence[Group]) -> str:
     """Loss and accuracy against epochs and seconds, as SVG."""
-    from matplotlib import rc_context
+    from matplotlib import colormaps, rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -126,6 +128,7 @@ def _curves(groups: Sequence[Group]) -> str:
     if scored is not None:
         kind = scored.partition("_")[0]
         wanted.append((f"{kind} accuracy, %", "linear", lambda line: 100 * line[scored]))
+    colors = colormaps["tab10" if len(groups) <= 10 else "tab20"]
     # Text as outlines would be unreadable for search and screen readers.
     with rc_context({"svg.fonttype": "none"}):
         figure = Figure(figsize=(12, 4.2 * len(wanted)), layout="constrained")
@@ -133,8 +136,9 @@ def _curves(groups: Sequence[Group]) -> str:
         panels = figure.subplots(len(wanted), 2, squeeze=False, sharey="row")
         for row, (name, scale, value) in zip(panels, wanted, strict=True):
             for axes, along in zip(row, ("epoch", "seconds"), strict=True):
+                axes.set_prop_cycle(color=[colors(index) for index in range(colors.N)])
                 for group in groups:
-                    _draw(axes, group, along, value)
+                    _draw(axes, group, along, value, band=len(groups) <= MOST_BANDS)
                 axes.set(yscale=scale, xlabel=along)
                 axes.grid(alpha=0.25, linewidth=0.6)
                 axes.spines[["top", "right"]].set_visible(False)
@@ -148,7 +152,7 @@ def _curves(groups: Sequence[Group]) -> str:
     return text[text.index("<svg") :]
 
 
-def _draw(axes: Axes, group: Group, along: str, value: Callable[[dict[str, Any]], Any]) -> None:
+def _draw(axes: Axes, group: Group, along: str, value: Callable[[dict[str, Any]], Any], band: bool) -> None:
     curves = [[line for line in run.epochs if value(line) is not None] for run in group.runs]
     by_epoch = list(zip(*curves, strict=False))
     if not by_epoch:
@@ -158,6 +162,6 @@ def _draw(axes: Axes, group: Group, along: str, value: Callable[[dict[str, Any]]
     (drawn,) = axes.plot(
         across, [statistics.fmean(each) for each in up], label=group.label, linewidth=1.8, marker="o", markersize=3
     )
-    axes.fill_between(
-        across, [min(each) for each in up], [max(each) for each in up], alpha=0.15, color=drawn.get_color()
-    )
+    if band:
+        color = drawn.get_color()
+        axes.fill_between(across, [min(each) for each in up], [max(each) for each in up], alpha=0.15, color=color)

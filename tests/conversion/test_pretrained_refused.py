@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_older_save(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"could not be written, and it holds what it held before: I/O error: No space"):
         rl.save_pretrained(replaced(ViT), tmp_path)
     assert contents(tmp_path) == before
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="there is none, as before: I/O error: No space left"):
         rl.save_pretrained(replaced(), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -308,3 +308,21 @@ def test_without_safetensors(tmp_path, monkeypatch):
 def test_max_shard_size_is_checked(tmp_path):
     with pytest.raises(ValueError, match="max_shard_size: got 'much', expected an integer of bytes"):
         rl.save_pretrained(replaced(), tmp_path, max_shard_size="much")
+
+
+def with_arguments(classes: int, *, depth: int = 3) -> nn.Module:
+    raise AssertionError("nothing is made")
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "error", "said"),
+    [
+        (Tied, {"dtype": "bfloat16"}, TypeError, "dtype: got 'bfloat16', expected a torch.dtype, as torch.bfloat16"),
+        (Tied, {"dtype": torch.int8}, ValueError, "dtype: got torch.int8, expected one of floating-point numbers"),
+        (Tied, {"device": "gpu"}, ValueError, "device: got 'gpu', expected a device"),
+        (with_arguments, {}, TypeError, "build: got with_arguments, which needs classes, expected a function without"),
+    ],
+)
+def test_options_are_looked_at_first(build, options, error, said, tmp_path):
+    with pytest.raises(error, match=said):
+        rl.load_pretrained(tmp_path / "nothing is read", build, **options)

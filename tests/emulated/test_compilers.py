@@ -152,6 +152,7 @@ def test_triton_matmul_that_sums_in_half_precision() -> None:
     torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-2, atol=5e-2)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("late", [True, False, None])
 @pytest.mark.parametrize(("depth", "stages", "warps"), [(32, 1, 4), (64, 2, 4), (32, 3, 4), (32, 4, 4), (32, 3, 8)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

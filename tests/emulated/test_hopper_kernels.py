@@ -79,6 +79,7 @@ def assert_product(found: Tensor, expected: Tensor) -> None:
 TILES = [(64, 64, 64, 4, 2), (64, 32, 32, 4, 3), (128, 64, 32, 4, 4), (128, 128, 64, 8, 3), (64, 64, 16, 4, 1)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("late", [True, False, None])
 @pytest.mark.parametrize(("rows", "columns", "depth", "warps", "stages"), TILES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -94,6 +95,7 @@ def test_triton_matmul_with_maps_of_the_host(
     assert_product(c, a.double() @ b.double().T)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("late", [True, False, None])
 @pytest.mark.parametrize(("rows", "columns", "depth", "warps", "stages"), TILES[:3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

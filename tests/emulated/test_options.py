@@ -73,6 +73,7 @@ def assert_added(call: Call, splits: int = 1) -> None:
     assert_exact(call._replace(wanted=rest, into=None), found)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("sources", [1, 3, 4])
 @pytest.mark.parametrize(("per_channel", "biased"), [(False, True), (True, False), (True, True)])
@@ -80,6 +81,7 @@ def test_recipes(op: str, sources: int, per_channel: bool, biased: bool) -> None
     run(op, problem_of(op, sources=sources, per_channel=per_channel, biased=biased), BF16)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("op", WGRADS)
 @pytest.mark.parametrize("into", INTO)
 @pytest.mark.parametrize("sources", [1, 2, 4])
@@ -102,6 +104,7 @@ def test_into_buffers_element_by_element(op: str, layout: str, groups: int) -> N
         assert_added(call._replace(into=buffers_for(call, dtypes)), splits=groups)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("op", WGRADS)
 @pytest.mark.parametrize(
     ("number", "wanted"),

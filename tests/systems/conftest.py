@@ -44,8 +44,8 @@ else:
 def tiny():
     """A config of the smallest run: three steps an epoch, two epochs; settings come on top."""
 
-    def make(*settings: str) -> "Config":
-        chosen = system("replacement")
+    def make(*settings: str, of: str = "replacement") -> "Config":
+        chosen = system(of)
         told = [each for each in (*TINY, *settings) if not each.startswith("preset=")]
         preset = next(each.partition("=")[2] for each in (*settings, *TINY) if each.startswith("preset="))
         return configs.resolve(chosen.config, chosen.presets, preset, None, told)

@@ -106,6 +106,24 @@ def test_the_table_names_no_winner_inside_the_noise(runs):
     assert str(runs) not in (runs / "record.json").read_text()
 
 
+def test_a_record_is_compared_as_the_runs_it_was_made_of(runs, tmp_path):
+    record = tmp_path / "record.json"
+    first = CliRunner().invoke(main, ["compare", str(runs), "--to", "0.92", "--json", str(record)])
+    again = CliRunner().invoke(main, ["compare", str(record), "--to", "0.92"])
+    assert first.exit_code == again.exit_code == 0, first.output + again.output
+    assert first.output == again.output and "…" not in first.output
+    lines = {line.split()[0]: line.split() for line in first.output.splitlines() if line.strip() and "─" not in line}
+    assert lines["better"][-2:] == ["2.0", "2.0"], "of all three"
+    assert lines["whole"][-5:] == ["2.0", "(1", "of", "3)", "2.0"] and lines["alike"][-5:-3] == ["2.0", "(1"]
+    page = CliRunner().invoke(main, ["report", str(record), "--output", str(tmp_path / "page.html")])
+    assert page.exit_code == 0 and "91.00 ± 1.00" in (tmp_path / "page.html").read_text()
+    never = CliRunner().invoke(main, ["compare", str(record), "--to", "1"])
+    assert "never" in never.output
+    record.write_text('{"groups": [{}]}')
+    found = CliRunner().invoke(main, ["compare", str(record)])
+    assert found.exit_code != 0 and "record.json is no record of a comparison: KeyError: 'config'" in found.output
+
+
 class Page(html.parser.HTMLParser):
     """Collects a page's tags and text, and what it would load from elsewhere."""
 

@@ -14,7 +14,7 @@ import torch
 
 import rl_kernels as rl
 from rl_kernels.systems import networks
-from rl_kernels.systems.networks import ImageShape
+from rl_kernels.systems.contract import ImageShape, Plain
 from rl_kernels.systems.registry import system
 from rl_kernels.systems.replacement import PRESETS
 from rl_kernels.systems.runner import folder as files
@@ -101,9 +101,9 @@ def test_accumulated_parts_are_one_batch(tiny, tmp_path):
             torch.testing.assert_close(weights(tmp_path / "parts")[key], value, rtol=1e-4, atol=1e-6)
 
 
-def started(folder, *settings):
+def started(folder, *settings, of="replacement"):
     told = [part for each in settings for part in ("--set", each)]
-    command = [sys.executable, "-m", "rl_kernels", "train", "replacement", "--preset", "digits", *told]
+    command = [sys.executable, "-m", "rl_kernels", "train", of, "--preset", "digits", *told]
     return subprocess.Popen(
         [*command, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -259,9 +259,14 @@ def test_other_images_are_evaluated(tiny, folder, tmp_path):
 def test_a_run_begins_with_the_weights_of_another(tiny, tmp_path):
     whole, on = tmp_path / "whole", tmp_path / "on"
     found = train(tiny("every=null"), whole)
-    train(tiny(f"weights={whole}", "every=null", "learning_rate=0", "weight_decay=0"), on)
+    after = train(tiny(f"weights={whole}", "every=null", "learning_rate=0", "weight_decay=0"), on)
     before = next(line for line in log(on) if line["event"] == "epoch")
     assert before["epoch"] == before["step"] == 0 and before["test_accuracy"] == found["accuracy"]
+    (on / files.METRICS).unlink()
+    whole.rename(tmp_path / "kept")
+    assert training.resume(on, show=False)["accuracy"] == after["accuracy"], "it needs them no more"
+    assert training.evaluate(on)["accuracy"] == after["accuracy"]
+    (tmp_path / "kept").rename(whole)
     fitted = SYSTEM.build(tiny(f"weights={whole}", "init=fit"), ImageShape(1, 8, 10)).model
     assert any(isinstance(module, rl.nn.ReplacementLayer) for module in fitted.modules())
     with pytest.raises(ValueError, match=r"model.weights: .* does not fit digits_resnet"):
@@ -283,7 +288,7 @@ def test_presets_of_imagenet_differentiate_without_memory(preset, tiny):
         config = tiny(*told)
         built = SYSTEM.build(config, ImageShape(3, 64, 1000))
         images, targets = torch.empty(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64)
-        SYSTEM.loss(config, built.model, images, targets).backward()
+        SYSTEM.step(config, built.model, images, targets, Plain())
     assert built.plan is not None and built.plan.replaced
     for name, parameter in built.model.named_parameters():
         assert parameter.grad is not None and parameter.grad.shape == parameter.shape, name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import os
 import signal
 import statistics
@@ -21,12 +21,13 @@ from rl_kernels.conversion.zoo import import_timm, import_torchvision
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.systems import config as configs
 from rl_kernels.systems.config import Config
-from rl_kernels.systems.contract import Built, System
+from rl_kernels.systems.contract import Batches, Built, ImageShape, System
 from rl_kernels.systems.data import loading, sets
 from rl_kernels.systems.digits import optimizer_bytes
-from rl_kernels.systems.networks import ImageShape
 from rl_kernels.systems.registry import system as system_of
 from rl_kernels.systems.runner import folder as files
+from rl_kernels.systems.runner.engine import FabricEngine
+from rl_kernels.systems.runner.evaluating import Reader
 from rl_kernels.systems.runner.folder import RunError
 from rl_kernels.systems.runner.optimizing import (
     make_mixing,
@@ -116,6 +117,7 @@ class _Run:
         import_torchvision()  # Before Fabric, which imports it where torchmetrics is installed.
         self.system, self.config, self.folder, self.resumed, self.show = system, config, folder, resumed, show
         self.listening = Listening()
+        self.last_scores: dict[str, float] = {}
 
     def go(self) -> dict[str, Any]:
         config = self.config
@@ -129,10 +131,10 @@ class _Run:
             raise RunError(f"data: {data.name} has sha256 {sha256}, expected {recorded} as when the run began")
 
         with self.listening:
-            self._prepare_model(fabric, shape)
+            content = self.read_checkpoint(self.folder / files.LAST) if self.resumed else None
+            self._prepare_model(fabric, shape, begun=content is not None)
             if fabric.is_global_zero and not self.resumed:
                 files.write_json(self.folder / files.RUN, self._described(sha256))
-            content = self.read_checkpoint(self.folder / files.LAST) if self.resumed else None
             progress = Progress()
             if content is not None:
                 progress = load_state(content, self.bare, self.optimizer, self._average(), self.sharded)
@@ -146,23 +148,24 @@ class _Run:
         config = self.config
         data = sets.load(name or config.data.name, config.data.root, config.data.download)
         own = data if name is None else sets.load(config.data.name, config.data.root, config.data.download)
-        torch.manual_seed(config.seed)
         shape = self._prepare_data(own)
         if len(data.classes) != shape.classes:
             raise ValueError(f"data: got {len(data.classes)} classes of {data.name}, expected {shape.classes}")
         self.tests = loading.pictures(config.data, data.test, shape.size, shape.channels, training=False)
         fabric = self._fabric(alone=True)
-        built = self.system.build(config, shape)
+        self.reader = Reader(fabric, config, shape)
+        built = self._build(shape, begun=True)
         self.sharded, self.averaged = False, None
         self.bare = built.model
-        self.model = fabric.setup_module(built.model)
         if config.ema is not None:
             self.averaged = self._ema(built.model, config.ema)
+        self.model = self._wrapped(fabric)
         load_state(content, self.bare, None, self._average(), False)
-        figures = self._evaluate(fabric, self.model, self.tests)
+        figures = self.reader.evaluate(self.model, self.tests)
         found = {"epoch": content["progress"]["evaluated"], "images": len(self.tests), **figures}
-        if self.averaged is not None:
-            found |= {f"{key}_ema": value for key, value in self._evaluate(fabric, self._average(), self.tests).items()}
+        average = self._average()
+        if average is not None:
+            found |= {f"{key}_ema": value for key, value in self.reader.evaluate(average, self.tests).items()}
         return found
 
     def read_checkpoint(self, path: Path) -> dict[str, Any] | None:
@@ -225,21 +228,28 @@ class _Run:
                 f"batch_size: got {config.batch_size}, expected at most {len(trained)}, the number of training images"
             )
         mean, std = loading.statistics_of(trained, data.channels)
-        self.mean, self.std = (each.reshape(1, -1, 1, 1) for each in (mean, std))
         make = lambda images, training: loading.pictures(config.data, images, size, data.channels, training)  # noqa: E731
-        self.training, self.tests = make(trained, True), make(data.test, False)
+        self.training, self.unaugmented, self.tests = make(trained, True), make(trained, False), make(data.test, False)
         self.validation = None if held is None else make(held, False)
         self.steps = len(trained) // config.batch_size
-        self.shape = ImageShape(data.channels, size, len(data.classes))
+        self.shape = ImageShape(data.channels, size, len(data.classes), tuple(mean.tolist()), tuple(std.tolist()))
         return self.shape
 
-    def _prepare_model(self, fabric: Fabric, shape: ImageShape) -> None:
-        config, runtime = self.config, self.config.runtime
+    def _build(self, shape: ImageShape, begun: bool) -> Built:
+        """The model; of a run that has a checkpoint without the weights that it began with, which may be gone."""
+        config = self.config
+        if begun:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None))
         torch.manual_seed(config.seed)
+        return self.system.build(config, shape)
+
+    def _prepare_model(self, fabric: Fabric, shape: ImageShape, begun: bool) -> None:
+        config, runtime = self.config, self.config.runtime
+        self.reader = Reader(fabric, config, shape)
         self.sharded = runtime.strategy == "fsdp2"
         if self.sharded and config.ema is not None:
             raise ValueError(f"ema: got {config.ema} with runtime.strategy='fsdp2', expected null")
-        self.built: Built = self.system.build(config, shape)
+        self.built: Built = self._build(shape, begun)
         self.bare = self.built.model
         self.parameters = count(self.bare)
         self.trainable = sum(p.numel() for p in self.bare.parameters() if p.requires_grad)
@@ -248,10 +258,11 @@ class _Run:
         )
         if runtime.channels_last:
             self.bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if runtime.compile:
-            self.bare.compile()
         self.averaged = None if config.ema is None else self._ema(self.bare, config.ema)
-        self.model = fabric.setup_module(self.bare)
+        if runtime.compile:
+            for piece in self.system.pieces(self.bare):
+                piece.compile()
+        self.model = self._wrapped(fabric)
         optimizer = make_optimizer(config, self.bare, fused=not self.sharded)
         rl.check(self.bare, optimizer)
         self.schedule = make_schedule(config, optimizer, self.steps * config.epochs)
@@ -260,6 +271,10 @@ class _Run:
         if self.averaged is not None:
             self.averaged.to(fabric.device)
         self.mixing = make_mixing(config, shape.classes)
+
+    def _wrapped(self, fabric: Fabric) -> nn.Module:
+        pieces = [fabric.setup_module(piece) for piece in self.system.pieces(self.bare)]
+        return self.system.wrap(self.bare, pieces)
 
     def _ema(self, model: nn.Module, decay: float) -> nn.Module:
         import_timm()
@@ -285,7 +300,7 @@ class _Run:
             if progress.step:
                 record.say(f"going on after step {progress.step} of {total}")
             elif config.model.weights is not None:  # What they are worth here, before anything is learnt.
-                record.epoch({"epoch": 0, "step": 0, **self._scores(fabric), "seconds": 0.0})
+                record.epoch({"epoch": 0, "step": 0, **self._scores(), "seconds": 0.0})
             while progress.evaluated < config.epochs:
                 self._finish_epoch(fabric, progress, record)
         metrics = self._metrics(fabric, progress)
@@ -310,13 +325,13 @@ class _Run:
             shuffled=True,
         )
         if len(order):
-            for batch in loading.loader(self.training, order, config.data.workers, fabric.device.type == "cuda"):
+            for batch in self.reader.loader(self.training, order):
                 self._update(fabric, progress, record, batch)
                 progress.seconds = before + time.perf_counter() - started
                 self._stop_if_asked(fabric, progress)
         losses = progress.loss_sum / self.steps
         line: dict[str, Any] = {"epoch": epoch + 1, "step": progress.step, "train_loss": losses}
-        scores = self._scores(fabric)
+        scores = self.last_scores = self._scores()
         progress.seconds = before + time.perf_counter() - started
         record.epoch({**line, **scores, "seconds": progress.seconds})
         progress.evaluated, progress.loss_sum = epoch + 1, 0.0
@@ -330,13 +345,14 @@ class _Run:
             files.write_checkpoint(self.folder / files.LAST, content)
         self._stop_if_asked(fabric, progress, written=True)
 
-    def _scores(self, fabric: Fabric) -> dict[str, float]:
-        """Loss and accuracy, of the average weights as well, on the images by which the best epoch is chosen."""
-        kind, scored = ("test", self.tests) if self.validation is None else ("validation", self.validation)
-        scores = {f"{kind}_{key}": value for key, value in self._evaluate(fabric, self.model, scored).items()}
+    def _scores(self, of: str | None = None) -> dict[str, float]:
+        """Loss and accuracy, of the average weights as well, on images by which the best epoch is chosen, or ``of``."""
+        kind = of or ("test" if self.validation is None else "validation")
+        scored = self.validation if kind == "validation" and self.validation is not None else self.tests
+        scores = {f"{kind}_{key}": value for key, value in self.reader.evaluate(self.model, scored).items()}
         average = self._average()
         if average is not None:
-            of_average = self._evaluate(fabric, average, scored)
+            of_average = self.reader.evaluate(average, scored)
             scores |= {f"{kind}_{key}_ema": value for key, value in of_average.items()}
         return scores
 
@@ -346,20 +362,15 @@ class _Run:
         self.schedule.step_update(progress.step)
         seed_all(config.seed, progress.step, fabric.global_rank)
         self.model.train()
-        images, targets = self._on_device(fabric, batch)
+        images, targets = self.reader.on_device(batch)
         if self.mixing is not None:
             images, targets = self.mixing(images, targets)
-        loss = torch.zeros((), device=fabric.device)
-        parts = list(zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True))
-        for number, (some, their) in enumerate(parts):
-            with self._unsynchronised(fabric, number + 1 < len(parts)):
-                part = self.system.loss(config, self.model, some, their) / len(parts)
-                fabric.backward(part)
-            loss += part.detach()
+        loss = self._differentiate(fabric, images, targets)
         if config.optimizer.clip is not None:
             fabric.clip_gradients(self.model, self.wrapped, max_norm=config.optimizer.clip)
         self.wrapped.step()
         self.wrapped.zero_grad()
+        self.system.updated(self.bare)
         if self.averaged is not None:
             self.averaged.update(self.bare)  # type: ignore[operator]
         value = float(fabric.all_reduce(loss, reduce_op="mean"))  # type: ignore[arg-type]
@@ -370,43 +381,14 @@ class _Run:
         seconds = time.perf_counter() - started
         record.step({"epoch": epoch, "step": progress.step, "loss": value, "learning_rate": rate, "seconds": seconds})
 
-    def _unsynchronised(self, fabric: Fabric, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-        if not wanted or fabric.world_size == 1:
-            return contextlib.nullcontext()
-        return fabric.no_backward_sync(self.model)
-
-    def _on_device(self, fabric: Fabric, batch: loading.Batch) -> tuple[Tensor, Tensor]:
-        """The images as the model takes them, standardised, and their labels."""
-        device = fabric.device
-        pixels, labels = (each.to(device, non_blocking=True) for each in batch)
-        images = (pixels.float() / 255 - self.mean.to(device)) / self.std.to(device)
-        if self.config.runtime.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, labels
-
-    @torch.no_grad()
-    def _evaluate(self, fabric: Fabric, model: nn.Module | None, pictures: loading.Pictures) -> dict[str, float]:
-        """Mean cross-entropy and accuracy, over all processes."""
-        from torchmetrics.aggregation import MeanMetric
-        from torchmetrics.classification import MulticlassAccuracy
-
-        assert model is not None
-        accuracy = MulticlassAccuracy(self.shape.classes, average="micro", ignore_index=loading.IGNORED).to(
-            fabric.device
-        )
-        loss = MeanMetric().to(fabric.device)
-        order = loading.Order(
-            len(pictures), self.config.batch_size, 0, 0, 0, fabric.global_rank, fabric.world_size, shuffled=False
-        )
-        model.eval()
-        for batch in loading.loader(pictures, order, self.config.data.workers, fabric.device.type == "cuda"):
-            images, labels = self._on_device(fabric, batch)
-            counted = int((labels != loading.IGNORED).sum())
-            logits = model(images).float()
-            if counted:
-                accuracy.update(logits, labels)
-                loss.update(nn.functional.cross_entropy(logits, labels, ignore_index=loading.IGNORED), weight=counted)
-        return {"loss": float(loss.compute()), "accuracy": float(accuracy.compute())}
+    def _differentiate(self, fabric: Fabric, images: Tensor, targets: Tensor) -> Tensor:
+        """Add a batch's gradients, part by part; return its loss."""
+        parts = self.config.accumulate
+        loss = torch.zeros((), device=fabric.device)
+        for number, (some, their) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
+            engine = FabricEngine(fabric, parts, number + 1 == parts)
+            loss += self.system.step(self.config, self.model, some, their, engine) / parts
+        return loss
 
     def _checkpoint(self, progress: Progress) -> dict[str, Any]:
         plain = configs.as_dict(self.config)
@@ -451,14 +433,11 @@ class _Run:
 
     def _metrics(self, fabric: Fabric, progress: Progress) -> dict[str, Any]:
         """The final figures: of the last epoch, on test images, which nothing was chosen by."""
-        test = self._evaluate(fabric, self.model, self.tests)
-        average = self._average()
-        of_average = {} if average is None else self._evaluate(fabric, average, self.tests)
+        test = self.last_scores if "test_accuracy" in self.last_scores else self._scores("test")
         steps = [line["seconds"] for line in files.read_log(self.folder) if line["event"] == "step"]
+        of_system = self.system.figures(self.config, self.bare, lambda: self._another_step(fabric), self._images)
         return {
-            "accuracy": test["accuracy"],
-            "loss": test["loss"],
-            **{f"{key}_ema": value for key, value in of_average.items()},
+            **{key.removeprefix("test_"): value for key, value in test.items()},
             "parameters": self.parameters,
             "trainable_parameters": self.trainable,
             "coefficients": self.coefficients,
@@ -469,6 +448,7 @@ class _Run:
             "seconds": progress.seconds,
             "epochs": self.config.epochs,
             "steps": progress.step,
+            **of_system,
         }
 
     def _peak(self, fabric: Fabric) -> int | None:
@@ -481,15 +461,27 @@ class _Run:
         held += optimizer_bytes(self.optimizer)
         average = self._average()
         held += 0 if average is None else sum(tensor.nbytes for tensor in average.state_dict().values())
-        some = [(index, 0) for index in range(self.config.batch_size // self.config.accumulate)]
-        images, labels = self._on_device(fabric, self.training.__getitems__(some))
+        kept = self._one_batch()
 
         def step() -> None:
-            fabric.backward(self.system.loss(self.config, self.model.train(), images, labels))
+            self._another_step(fabric, kept)
             self.wrapped.step()
             self.wrapped.zero_grad()
 
-        return held + images.nbytes + peak_memory(step, "cpu")
+        return held + kept[0].nbytes + peak_memory(step, "cpu")
+
+    def _one_batch(self) -> tuple[Tensor, Tensor]:
+        """What one forward takes."""
+        some = [(index, 0) for index in range(self.config.batch_size // self.config.accumulate)]
+        return self.reader.on_device(self.training.__getitems__(some))
+
+    def _another_step(self, fabric: Fabric, batch: tuple[Tensor, Tensor] | None = None) -> None:
+        """Compute a batch's gradients once more, for those who watch; nothing is trained by it."""
+        self.model.train()
+        self.system.step(self.config, self.model, *(batch or self._one_batch()), FabricEngine(fabric, 1, True))
+
+    def _images(self, training: bool) -> Batches:
+        return self.reader.all_of(self.unaugmented if training else self.tests)
 
 
 def launched_by_another() -> bool:

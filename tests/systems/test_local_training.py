@@ -1,0 +1,135 @@
+"""Local learning, trained by the runner of all systems."""
+
+import json
+import signal
+
+import pytest
+import torch
+
+import rl_kernels as rl
+from rl_kernels.systems.contract import ImageShape, Plain
+from rl_kernels.systems.local.system import PRESETS
+from rl_kernels.systems.registry import system
+from rl_kernels.systems.runner import folder as files
+from rl_kernels.systems.runner import training
+from tests.systems.test_training import OPTIONS, assert_equal_weights, log, started, wait_for_lines, weights
+
+SYSTEM = system("local")
+SMALL = ("head_width=8", "modules=3")
+
+
+def train(config, folder, of=SYSTEM):
+    return training.train(of, config, folder, show=False)
+
+
+def test_one_module_is_the_run_of_a_whole_network(tiny, tmp_path):
+    train(tiny("modules=1", of="local"), tmp_path / "local")
+    train(tiny("every=null"), tmp_path / "whole", system("replacement"))
+    mine = {key.removeprefix("model."): value for key, value in weights(tmp_path / "local").items()}
+    assert_equal_weights(mine, weights(tmp_path / "whole"))
+    assert log(tmp_path / "local") == log(tmp_path / "whole")
+
+
+def test_a_run_leaves_its_figures(tiny, folder):
+    metrics = train(tiny(*SMALL, "limit=320", "epochs=3", "probe=true", of="local"), folder)
+    whole = SYSTEM.build(tiny("modules=1", of="local"), ImageShape(1, 8, 10)).model
+    assert metrics["parameters"] == sum(p.numel() for p in whole.model.parameters())
+    assert metrics["auxiliary_parameters"] > 0 and metrics["step_flops"] > 0
+    assert len(metrics["probe_accuracies"]) == 3 and metrics["probe_accuracies"][-1] == pytest.approx(
+        metrics["accuracy"]
+    )
+    losses = [line["train_loss"] for line in log(folder) if line["event"] == "epoch"]
+    assert losses[0] > losses[-1]
+    assert training.evaluate(folder)["accuracy"] == metrics["accuracy"]
+
+
+def test_a_killed_run_goes_on_to_the_same_end(tiny, tmp_path):
+    """Averages and heads, too, with mixed precision, accumulated parts and an average of the weights."""
+    settings = ("width=4", "limit=320", "epochs=3", "batch_size=32", "checkpoint_steps=4", *SMALL)
+    options = (each for each in OPTIONS if not each.startswith(("limit", "granularity")))
+    settings = (*settings, *options)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with started(broken, *settings, "accelerator=cpu", of="local") as process:
+        wait_for_lines(process, broken, 13)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (broken / files.METRICS).exists()
+    resumed = training.resume(broken, show=False)
+    expected = train(tiny(*settings, of="local"), whole)
+    assert any(".average." in key for key in weights(whole))
+    assert_equal_weights(weights(whole), weights(broken))
+    assert log(whole) == log(broken) and resumed["accuracy"] == expected["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "method", ["mlaan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("greedy", "checkpointing"))]
+)
+def test_two_processes_are_one(method, tiny, folder):
+    """Of a network without batch norm, whose statistics are of a process."""
+    settings = ("model.name=digits_vit", "width=16", "limit=96", "epochs=1", "batch_size=32", "optimizer.name=sgd")
+    settings = (*settings, "accelerator=cpu", "modules=4", f"method={method}", "supervise_first=true")
+    with started(folder / "two", *settings, "devices=2", "threads=1", of="local") as process:
+        said = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, said
+    train(tiny(*settings, of="local"), folder / "one")
+    mine, theirs = weights(folder / "one"), weights(folder / "two")
+    for key, value in mine.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(
+                theirs[key], value, rtol=1e-4, atol=1e-6, msg=lambda said, key=key: f"{key}: {said}"
+            )
+    two = json.loads((folder / "two" / files.METRICS).read_text())
+    assert two["accuracy"] == training.evaluate(folder / "one")["accuracy"]
+
+
+def test_a_replaced_network_learns_in_modules(tiny, folder):
+    metrics = train(tiny(*SMALL, "every=4", of="local"), folder)
+    model = SYSTEM.build(tiny(*SMALL, "every=4", of="local"), ImageShape(1, 8, 10)).model
+    replaced = [module for module in model.model.modules() if isinstance(module, rl.nn.ReplacementLayer)]
+    assert replaced and metrics["coefficients"] >= 4
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if not name.startswith("imagenet")])
+def test_presets_take_two_steps(preset, tiny, random_data, folder):
+    shape = (3, 32, 10) if "paper" in preset else (1, 8 if "digits" in preset else 28, 10)
+    random_data(*shape)
+    small = ("batch_size=4", "epochs=1", "limit=8", f"width={24 if 'vit' in preset else 4}", "head_width=4")
+    assert train(tiny(f"preset={preset}", *small, of="local"), folder)["steps"] == 2
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("imagenet")])
+def test_presets_of_imagenet_differentiate_without_memory(preset, tiny):
+    with torch.device("meta"):
+        config = tiny(f"preset={preset}", "width=null", "batch_size=2", "data.size=64", of="local")
+        model = SYSTEM.build(config, ImageShape(3, 64, 1000)).model
+        SYSTEM.step(config, model, torch.empty(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64), Plain())
+    assert model.span == 3 and len(model.judges) == 1 and not model.heads.keys() - {"2"}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_compiled_modules_train(tiny, tmp_path, monkeypatch):
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend="aot_eager"))
+    for name, chosen in (("eager", "false"), ("compiled", "true")):
+        settings = (f"compile={chosen}", "epochs=1", "limit=32", "method=dgl", *SMALL)
+        train(tiny(*settings, of="local"), tmp_path / name)
+    (left,), (right,) = ([x["loss"] for x in log(tmp_path / n) if x["event"] == "step"] for n in ("eager", "compiled"))
+    assert right == pytest.approx(left, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("method=mlan",), "local.method: got 'mlan'"),
+        (("strategy=fsdp2",), "runtime.strategy: got 'fsdp2'"),
+        (("method=infopro-contrast", "mixup=0.2"), "data.mixup: got mixed images with a contrastive loss"),
+        (("recognition=[1.0]",), r"local.recognition: got \[1.0\], expected two numbers"),
+        (("batch_size=2", "accumulate=2"), "batch_size: got one image at a time"),
+        (("modules=99",), "modules: got 99, expected at least 1 and at most 13: 12 blocks"),
+    ],
+)
+def test_bad_configs_are_refused(settings, said, tiny, folder):
+    with pytest.raises(ValueError, match=said):
+        train(tiny(*settings, of="local"), folder)
+    assert not folder.exists() or not list(folder.iterdir())
