@@ -9,6 +9,8 @@ more than a million pixels; so may bfloat16 images smaller than the filter on CP
 A linear layer's wgrad needs no scratch for G, the gradient of the mixed weight, where some source wants its gradient:
 the vendor writes G into that source's own buffer, and one pass over panels finishes every gradient from it, in place
 for that source. A convolution's makes G a block of channels at a time.
+
+``Outer`` coefficients are evaluated a panel at a time, where the panel is mixed, and their gradients added up so.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ GROUPED = Case(
 
 @pytest.mark.parametrize("base", [LINEAR, GROUPED], ids=["linear", "conv"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize("rank", [1, 4, 16, 40])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_options(n: int, rank: int, dtype: torch.dtype, base: Case) -> None:
     """Also with frozen sources, and an empty batch."""

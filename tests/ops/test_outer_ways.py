@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import rl_kernels as rl
 from rl_kernels import functional as F
 from tests.ops.test_outer import outer, random
+from tests.transforms.common import tracing
 
 
 def layer(x: Tensor, left: Tensor, right: Tensor, *weights: Tensor) -> Tensor:
@@ -100,3 +102,33 @@ def test_flops_are_those_of_the_plain_layer() -> None:
     with FlopCounterMode(display=False) as counter:
         layer(*arguments).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 3 * 5 * 7
+
+
+@tracing
+def test_traced_by_jit() -> None:
+    arguments = [a.detach() for a in arguments_of_layer()]
+    traced = torch.jit.trace(layer, tuple(arguments), check_trace=False)
+    others = [a.detach() for a in arguments_of_layer()]
+    torch.testing.assert_close(traced(*others), layer(*others))
+
+
+def test_compiled_with_dynamic_shapes_and_ranks() -> None:
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens, rank in ((3, 2), (4, 5)):
+        coefficients = outer(1, rank, (5, 7), torch.float32)
+        x, weight = random(tokens, 7, dtype=torch.float32), random(5, 7, dtype=torch.float32)
+        torch.testing.assert_close(compiled(x, *coefficients, weight), layer(x, *coefficients, weight))
+
+
+def test_checkpointed() -> None:
+    x, *rest = arguments_of_layer()
+    expected = torch.autograd.grad(layer(x, *rest).square().sum(), [x, *rest])
+    y = torch.utils.checkpoint.checkpoint(layer, x, *rest, use_reentrant=False)
+    for one, other in zip(torch.autograd.grad(y.square().sum(), [x, *rest]), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_on_the_meta_device() -> None:
+    x, left, right, *weights = (a.detach().to("meta").requires_grad_() for a in arguments_of_layer())
+    gradients = torch.autograd.grad(layer(x, left, right, *weights).sum(), [left, right])
+    assert [g.shape for g in gradients] == [left.shape, right.shape]
