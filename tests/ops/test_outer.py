@@ -15,9 +15,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import rl_kernels as rl
+from rl_kernels import functional
 from rl_kernels import functional as F
 from rl_kernels.backends import registered, streamed
 from rl_kernels.backends.selection import CannotServe
+from rl_kernels.ops import autograd
 from rl_kernels.ops.ways import plain_torch
 from rl_kernels.testing import peak_memory
 from tests.ops.body import Case, cases, check
@@ -315,6 +317,18 @@ def test_backends_without_the_mix_say_so() -> None:
         ):
             F.mixed_linear(x, [weight], coefficients)
         assert "Outer coefficients" in (backend.exceptions(case) or "")
+
+
+def test_the_fast_path_is_not_offered_such_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[Any] = []
+    for module in (functional, autograd):
+        for name in ("mixed_linear_call", "mixed_conv_call"):
+            monkeypatch.setattr(module, name, lambda *arguments: offered.append(arguments))
+    F.mixed_linear(X, [W], rl.Outer(LEFT, RIGHT))
+    F.mixed_conv2d(torch.randn(2, 2, 4, 4), [FILTER], outer(1, 2, FILTER.shape, torch.float32))
+    assert not offered
+    F.mixed_linear(X, [W], [1.0])
+    assert offered
 
 
 X, W, FILTER = torch.randn(4, 7), torch.randn(5, 7), torch.randn(6, 2, 3, 3)
