@@ -27,6 +27,7 @@ from rl_kernels.conversion import (
     save_pretrained,
 )
 from rl_kernels.ops.accumulation import accumulate_into_grad
+from rl_kernels.ops.values import Outer
 
 __all__ = [
     "__version__",
@@ -43,6 +44,7 @@ __all__ = [
     "services",
     "use_backend",
     "accumulate_into_grad",
+    "Outer",
 ]
 
 _supported.warn(_supported.OF_TORCH, _extension.complaint())

@@ -6,9 +6,10 @@ Where torch takes one ``weight``, these take N of one shape (``weights``) and th
 
 * ``weights``: a sequence of N >= 1 floating-point tensors of one shape, dtype and device.
 * ``coefficients``: a tensor of shape ``(N,)``, or ``(N, out)`` for one coefficient per output channel (not of
-  transposed convolutions); or a sequence of N floats or one-element tensors. Mixing happens in float32 (float64 for
-  float64 weights).
-* ``biases``: None, or N vectors of shape ``(out,)``, mixed by the same coefficients.
+  transposed convolutions); a sequence of N floats or one-element tensors; or ``rl_kernels.Outer(left, right)``: one
+  for each element of the weight, of low rank (not of attention). Mixing happens in float32 (float64 for float64
+  weights).
+* ``biases``: None, or N vectors of shape ``(out,)``, mixed by the same coefficients; beside ``Outer`` they are summed.
 
 Bad arguments raise before anything is computed: RuntimeError for shapes, dtypes and devices, as torch's layers do,
 TypeError for a wrong kind of argument; the message names the argument, what came and what was expected.
@@ -29,7 +30,7 @@ from rl_kernels.ops.autograd import CONV, LINEAR, mixed_forward, mixed_forward_i
 from rl_kernels.ops.checks import check_coefficients, check_sources
 from rl_kernels.ops.mix import mix as _mix
 from rl_kernels.ops.transposed import mixed_conv_transpose
-from rl_kernels.ops.values import Geometry, Recipe
+from rl_kernels.ops.values import Geometry, Outer, Recipe
 
 __all__ = [
     "mixed_linear",
@@ -77,7 +78,7 @@ def mixed_linear(
         x: ``(*, in_features)``.
         weights: N tensors ``(out_features, in_features)``.
         coefficients: as everywhere in this module.
-        biases: None, or N vectors ``(out_features,)``.
+        biases: None, or N vectors ``(out_features,)``; beside ``Outer`` coefficients ``b = sum_j b_j``.
 
     Returns:
         ``(*, out_features)``.
@@ -109,6 +110,8 @@ def _is_read_by_cpp(coefficients: CoefficientsLike) -> bool:
         return False
     if isinstance(coefficients, Tensor):  # The usual case, which costs nothing more.
         return True
+    if isinstance(coefficients, Outer):  # C++ has no such mix, and would read two numbers in a tuple of two.
+        return False
     return not (isinstance(coefficients, (list, tuple)) and any(isinstance(c, Tensor) for c in coefficients))
 
 
@@ -249,8 +252,8 @@ def mixed_conv_transpose1d(
     Args:
         x: ``(batch, in_channels, length)`` or ``(in_channels, length)``.
         weights: N tensors ``(in_channels, out_channels / groups, kernel)``.
-        coefficients: as everywhere in this module, but one a source only: output channels are not the first dimension
-            of these weights.
+        coefficients: as everywhere in this module, but one a source only, or ``Outer``, whose left follows the
+            input channels: output channels are not the first dimension of these weights.
         biases: None, or N vectors ``(out_channels,)``.
         stride: as torch's.
         padding: as torch's.

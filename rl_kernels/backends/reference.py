@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rl_kernels.backends.case import Case
 from rl_kernels.backends.contract import Backend, kernels_in
-from rl_kernels.ops.mix import accumulate_dtype, factors, mix, mixed_bias
+from rl_kernels.ops.mix import accumulate_dtype, factors, mix, mixed_bias, outer_gradient
 from rl_kernels.ops.shapes import as_rows, conv_memory_format, conv_output_size
 from rl_kernels.ops.values import Geometry, Gradients, Recipe, Wanted
 
@@ -83,14 +83,17 @@ def _finish(g: Tensor, total: Tensor, recipe: Recipe, wanted: Wanted) -> Gradien
     weights, coefficients, biases = recipe
     dweights = [
         (factor * g).to(weight.dtype) if want else weight.new_empty(0)
-        for factor, weight, want in zip(factors(coefficients, g.dim()), weights, wanted.weights, strict=True)
+        for factor, weight, want in zip(factors(coefficients, g.shape), weights, wanted.weights, strict=True)
     ]
     dbiases = [
-        (coefficients[j] * total).to(bias.dtype) if want else bias.new_empty(0)
+        (recipe.bias_coefficients[j] * total).to(bias.dtype) if want else bias.new_empty(0)
         for j, (bias, want) in enumerate(zip(biases or (), wanted.biases, strict=True))
     ]
     if not wanted.coefficients:
         return Gradients(dweights, coefficients.new_empty(0), dbiases)
+    if recipe.is_outer:
+        exact = outer_gradient(g.double(), weights, coefficients.double())
+        return Gradients(dweights, exact.to(coefficients.dtype), dbiases)
     # A dimension more, so that there is one to sum where the sources are vectors.
     within = tuple(range(1, g.dim() + 1))
     rows = torch.stack([(g * weight).unsqueeze(-1).sum(within, dtype=torch.float64) for weight in weights])

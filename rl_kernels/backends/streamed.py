@@ -9,6 +9,8 @@ more than a million pixels; so may bfloat16 images smaller than the filter on CP
 A linear layer's wgrad needs no scratch for G, the gradient of the mixed weight, where some source wants its gradient:
 the vendor writes G into that source's own buffer, and one pass over panels finishes every gradient from it, in place
 for that source. A convolution's makes G a block of channels at a time.
+
+``Outer`` coefficients are evaluated a panel at a time, where the panel is mixed, and their gradients added up so.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from torch import Tensor
 
 from rl_kernels.backends.case import Case
 from rl_kernels.backends.contract import Backend, kernels_in
-from rl_kernels.ops.mix import accumulate_dtype, factors, mixed_bias
+from rl_kernels.ops.mix import accumulate_dtype, factors, mixed_bias, outer_terms
 from rl_kernels.ops.shapes import as_rows, conv_memory_format, empty_conv_input, empty_conv_output, empty_gradients
-from rl_kernels.ops.values import Geometry, Gradients, Recipe, Wanted
+from rl_kernels.ops.values import Geometry, Gradients, Outer, Recipe, Wanted
 
 WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 """The most memory a call takes beyond its outputs, by device type. Other devices: as the CPU."""
@@ -36,6 +38,9 @@ _LINEAR_PANEL = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 _BYTES_AN_ELEMENT = 16
 """What an element of a panel costs at most: the float64 panel and a product; or float32 sums, a term and the panel."""
+
+_BYTES_OF_A_FACTOR = 8
+"""What it costs beside where ``Outer`` coefficients are evaluated apart from the panel, of several sources."""
 
 _MIN_RUN = {torch.float64: 256, torch.float32: 512, torch.bfloat16: 32, torch.float16: 32}
 """Columns of a dgrad panel at least: shorter contiguous runs waste memory bandwidth. Fewer in half precision, where
@@ -47,8 +52,9 @@ def workspace_bytes(device: torch.device | str) -> int:
     return WORKSPACE_BYTES.get(torch.device(device).type, WORKSPACE_BYTES["cpu"])
 
 
-def _max_elements(tensor: Tensor) -> int:
-    return workspace_bytes(tensor.device) // _BYTES_AN_ELEMENT
+def _max_elements(tensor: Tensor, recipe: Recipe) -> int:
+    apart = recipe.is_outer and len(recipe.weights) > 1
+    return workspace_bytes(tensor.device) // (_BYTES_AN_ELEMENT + _BYTES_OF_A_FACTOR * apart)
 
 
 def _linear_panel(tensor: Tensor) -> int:
@@ -61,6 +67,32 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
+class _Factors:
+    """What panels of the sources are multiplied by."""
+
+    def __init__(self, recipe: Recipe):
+        shape = recipe.weights[0].shape
+        self.is_outer = recipe.is_outer
+        if self.is_outer:
+            self.left, self.right = outer_terms(recipe.coefficients, shape)
+        else:
+            self.factors = factors(recipe.coefficients, shape)
+
+    def of_rows(self, j: int, rows: slice) -> Tensor:
+        """Of source j, shaped to multiply a panel of ``rows``; not of ``Outer`` coefficients."""
+        factor = self.factors[j]
+        return factor if factor.shape[0] == 1 else factor[rows]
+
+    def evaluate(self, j: int, index: Sequence[slice], out: Tensor) -> Tensor:
+        """``Outer`` coefficients of the panel ``index`` of source j, into ``out``, which is shaped as the panel."""
+        left = self.left[j][:, index[0]]
+        right = self.right[j][(slice(None), slice(None), *index[1:])]
+        torch.mul(left[0], right[0], out=out)
+        for rows, columns in zip(left[1:], right[1:], strict=True):
+            out.addcmul_(rows, columns)
+        return out
+
+
 class _Mixer:
     """Mixes panels of the sources into one scratch, in the dtype of the activation."""
 
@@ -68,25 +100,30 @@ class _Mixer:
         first = recipe.weights[0]
         compute = accumulate_dtype(first.dtype)
         self.weights = recipe.weights
-        self.factors = factors(recipe.coefficients, first.dim())
+        self.factors = _Factors(recipe)
         elements = min(elements, first.numel())
         self.sums = torch.empty(elements, dtype=compute, device=first.device)
         self.rounded = self.sums if dtype == compute else torch.empty_like(self.sums, dtype=dtype)
+        # The first source's coefficients are evaluated where the sum will be.
+        self.apart = torch.empty_like(self.sums) if recipe.is_outer and len(recipe.weights) > 1 else None
 
     def __call__(self, *index: slice, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         """The panel ``W[index]``, valid until the next call."""
         first = self.weights[0][index]
         total = _view(self.sums, first.shape, memory_format)
-        torch.mul(first, self._factor(0, index[0]), out=total)
+        if self.factors.is_outer:
+            self.factors.evaluate(0, index, total).mul_(first)
+        else:
+            torch.mul(first, self.factors.of_rows(0, index[0]), out=total)
         for j in range(1, len(self.weights)):
-            total.addcmul_(self.weights[j][index].to(total.dtype), self._factor(j, index[0]))
+            if self.apart is None:
+                factor = self.factors.of_rows(j, index[0])
+            else:
+                factor = self.factors.evaluate(j, index, _view(self.apart, first.shape, memory_format))
+            total.addcmul_(self.weights[j][index].to(total.dtype), factor)
         if self.rounded is self.sums:
             return total
         return _view(self.rounded, first.shape, memory_format).copy_(total)
-
-    def _factor(self, j: int, rows: slice) -> Tensor:
-        factor = self.factors[j]
-        return factor if factor.shape[0] == 1 else factor[rows]
 
 
 def _view(scratch: Tensor, shape: Sequence[int], memory_format: torch.memory_format) -> Tensor:
@@ -160,9 +197,10 @@ def mixed_linear_wgrad(dy: Tensor, x: Tensor, recipe: Recipe, wanted: Wanted) ->
         for rows in _blocks(out_features, _linear_panel(x) // max(in_features, 1)):
             gradients.finish(g[rows], rows)
     elif wanted.product:
-        columns = min(in_features, _max_elements(x))
-        scratch = x.new_empty(min(_max_elements(x), out_features * in_features))
-        for rows in _blocks(out_features, _max_elements(x) // max(columns, 1)):
+        elements = _max_elements(x, recipe)
+        columns = min(in_features, elements)
+        scratch = x.new_empty(min(elements, out_features * in_features))
+        for rows in _blocks(out_features, elements // max(columns, 1)):
             for inner in _blocks(in_features, columns):
                 panel = _view(scratch, (rows.stop - rows.start, inner.stop - inner.start), torch.contiguous_format)
                 gradients.finish(torch.mm(transposed_dy[rows], x[:, inner], out=panel), rows, inner)
@@ -239,8 +277,8 @@ def mixed_conv(x: Tensor, recipe: Recipe, geometry: Geometry) -> Tensor:
         y = empty_conv_output(x, recipe, geometry)
         return y.zero_() if bias is None else y.copy_(bias.view(-1, *(1,) * len(stride)))
     filter_elements = recipe.weights[0][0].numel()
-    blocks = _channel_blocks(groups, out_channels // groups, filter_elements, _max_elements(x))
-    panel = _Mixer(recipe, dtype, max(filter_elements, _max_elements(x)))
+    blocks = _channel_blocks(groups, out_channels // groups, filter_elements, _max_elements(x, recipe))
+    panel = _Mixer(recipe, dtype, max(filter_elements, _max_elements(x, recipe)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
         return convolve(x, whole, bias, groups).to(x.dtype).contiguous(memory_format=memory_format)
@@ -269,8 +307,8 @@ def mixed_conv_dgrad(dy: Tensor, recipe: Recipe, input_size: Sequence[int], geom
         return empty_conv_input(dy, recipe, input_size).zero_()
     out_group = out_channels // groups
     filter_elements = recipe.weights[0][:out_group, 0].numel()
-    blocks = _channel_blocks(groups, in_group, filter_elements, _max_elements(dy))
-    panel = _Mixer(recipe, dtype, max(filter_elements, _max_elements(dy)))
+    blocks = _channel_blocks(groups, in_group, filter_elements, _max_elements(dy, recipe))
+    panel = _Mixer(recipe, dtype, max(filter_elements, _max_elements(dy, recipe)))
     if len(blocks) == 1:
         whole = panel(slice(0, out_channels), memory_format=memory_format)
         return convolve(dy, whole, groups).to(dy.dtype).contiguous(memory_format=memory_format)
@@ -351,7 +389,7 @@ class _GradientPanels:
         """``g``, where given, is the whole of G: it becomes the gradient of the first source that wants one."""
         self.recipe, self.wanted = recipe, wanted
         self.compute = accumulate_dtype(recipe.weights[0].dtype)
-        self.factors = factors(recipe.coefficients, recipe.weights[0].dim())
+        self.factors = _Factors(recipe)
         host = list(wanted.weights).index(True) if g is not None else None
         spare = [want and j != host for j, want in enumerate(wanted.weights)]
         self.gradients = empty_gradients(
@@ -364,23 +402,24 @@ class _GradientPanels:
         if g is not None and host is not None:
             self.gradients.weights[host] = g
             self.order.append(host)
-        # <G, W_j> by output channel; the channels are summed at the end, in float64.
+        # <G, W_j> by output channel; the channels are summed at the end, in float64. Outer coefficients' gradients are
+        # summed in their own buffer.
         first, device = recipe.weights[0], recipe.coefficients.device
-        self.dots = (
-            torch.zeros(len(recipe.weights), first.shape[0], dtype=self.compute, device=device)
-            if wanted.coefficients
-            else None
-        )
+        self.dots: Tensor | None = None
+        if wanted.coefficients and recipe.is_outer:
+            self.gradients.coefficients.zero_()
+        elif wanted.coefficients:
+            self.dots = torch.zeros(len(recipe.weights), first.shape[0], dtype=self.compute, device=device)
 
     def add_biases(self, dy: Tensor, dims: list[int]) -> None:
         """Finish what the biases need: ``dy`` summed over ``dims``, all but its channels; the first is the batch."""
-        coefficients, biases = self.recipe.coefficients, self.recipe.biases
+        coefficients, biases = self.recipe.bias_coefficients, self.recipe.biases
         if biases is None or not self.wanted.sums(self.recipe):
             return
         # In runs: in half precision a CPU's sum copies what it sums to float32.
         runs = [dy[some].sum(dims, dtype=self.compute) for some in _images(dy.shape[0], dy[:1].numel(), coefficients)]
         total = runs[0] if len(runs) == 1 else torch.stack(runs).sum(0)
-        for j, factor in enumerate(factors(coefficients, 1)):
+        for j, factor in enumerate(factors(coefficients, total.shape)):
             if self.wanted.biases[j]:
                 torch.mul(total, factor, out=self.gradients.biases[j])
             if self.dots is not None:
@@ -393,10 +432,25 @@ class _GradientPanels:
         if self.dots is not None:
             for dot, weight in zip(self.dots, self.recipe.weights, strict=True):
                 dot[index[0]] += (g * weight[index]).sum(inner)
+        elif self.wanted.coefficients:
+            self._add_outer(g, index)
         for j in self.order:
-            factor = self.factors[j]
-            factor = factor if factor.shape[0] == 1 else factor[index[0]]
+            if self.factors.is_outer:
+                factor = self.factors.evaluate(j, index, torch.empty_like(g))
+            else:
+                factor = self.factors.of_rows(j, index[0])
             torch.mul(g, factor, out=self.gradients.weights[j][index])
+
+    def _add_outer(self, g: Tensor, index: Sequence[slice]) -> None:
+        """Add a panel's share of the gradient of ``Outer`` coefficients."""
+        weights, out = self.recipe.weights, self.recipe.weights[0].shape[0]
+        # A convolution's panel has every column of its rows.
+        rows, columns = index if len(index) == 2 else (index[0], slice(None))
+        found = Outer.of(self.gradients.coefficients, out)
+        for j, (left, right) in enumerate(zip(*Outer.of(self.recipe.coefficients, out), strict=True)):
+            product = (g * weights[j][tuple(index)]).reshape(g.shape[0], math.prod(g.shape[1:]))
+            found.left[j][:, rows].addmm_(right[:, columns], product.t())
+            found.right[j][:, columns].addmm_(left[:, rows], product)
 
     def result(self) -> Gradients:
         """The outputs of the op."""

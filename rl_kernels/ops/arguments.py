@@ -8,23 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_kernels.ops.checks import check_sources
+from rl_kernels.ops.checks import check_outer, check_sources, shape_of
 from rl_kernels.ops.mix import accumulate_dtype
 from rl_kernels.ops.sharding import as_distributed_as
+from rl_kernels.ops.values import Outer
 
-CoefficientsLike = Tensor | Sequence[float | Tensor]
-"""Coefficients as users pass them: a tensor, or a sequence of floats or one-element tensors."""
+CoefficientsLike = Tensor | Sequence[float | Tensor] | Outer
+"""Coefficients as users pass them: a tensor, a sequence of floats or one-element tensors, or ``rl_kernels.Outer``."""
 
 
 def as_coefficients(
     coefficients: CoefficientsLike, sources: Sequence[Tensor], sources_name: str = "weights", name: str = "coefficients"
 ) -> Tensor:
-    """``coefficients`` as one tensor, in the dtype in which ``sources`` mix. The names are for messages."""
+    """``coefficients`` as a recipe's, in the dtype in which ``sources`` mix. The names are for messages."""
     if not is_sequence(sources):
         raise TypeError(f"{sources_name}: got {type(sources).__name__}, expected a sequence of tensors")
     # Tensors in the right form are the ops' to check; what is read here must be there.
     if not (len(sources) > 0 and isinstance(sources[0], Tensor) and isinstance(coefficients, Tensor)):
         check_sources(sources_name, sources)
+    if isinstance(coefficients, Outer):
+        check_outer(name, coefficients, sources)
+        dtype = accumulate_dtype(sources[0].dtype)
+        return Outer(*(as_distributed_as(sources[0], part.to(dtype)) for part in coefficients)).joined()
     return as_distributed_as(sources[0], _joined(coefficients, sources, sources_name, name))
 
 
@@ -33,6 +38,11 @@ def _joined(coefficients: CoefficientsLike, sources: Sequence[Tensor], sources_n
     if isinstance(coefficients, Tensor):
         if not coefficients.dtype.is_floating_point:
             raise RuntimeError(f"{name}: got dtype {coefficients.dtype}, expected a floating-point dtype")
+        if coefficients.dim() > 2:  # The ops would take it for joined ones.
+            raise RuntimeError(
+                f"{name}: got shape {shape_of(coefficients)}, expected one or two dimensions, (N,) or (N, out), or "
+                "rl_kernels.Outer"
+            )
         return coefficients if coefficients.dtype == dtype else coefficients.to(dtype)
     if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
         raise TypeError(

@@ -14,7 +14,7 @@ from rl_kernels.ops.arguments import CoefficientsLike, as_coefficients
 from rl_kernels.ops.autograd import LINEAR, mixed_forward
 from rl_kernels.ops.checks import check_sources
 from rl_kernels.ops.mix import mix
-from rl_kernels.ops.values import Recipe
+from rl_kernels.ops.values import Outer, Recipe
 from rl_kernels.ops.ways import autocast_dtype
 
 Sources = Sequence[Tensor]
@@ -105,6 +105,7 @@ def mixed_multi_head_attention(
     named = separate if use_separate_proj_weight else {"in_proj_weights": in_proj_weights}
     stacks = _check_in_weights(inputs, named, use_separate_proj_weight)
     first_name, first = next(iter(stacks.items()))
+    _refuse_outer(coefficients, out_coefficients)
     mixing = as_coefficients(coefficients, first, first_name)
     _check_coefficients("coefficients", mixing, first, 3 * embed_dim_to_check)
     out_mixing = _out_coefficients(mixing, out_coefficients, out_proj_weights)
@@ -356,6 +357,15 @@ def _check_stack(name: str, tensors: Sources, shape: tuple[int | None, ...], fir
 def _check_vectors(name: str, tensors: Sources | None, length: int, first: Sources, first_name: str) -> None:
     if tensors is not None:
         _check_stack(name, tensors, (length,), first, first_name)
+
+
+def _refuse_outer(coefficients: CoefficientsLike, out_coefficients: CoefficientsLike | None) -> None:
+    for name, value in (("coefficients", coefficients), ("out_coefficients", out_coefficients)):
+        if isinstance(value, Outer):
+            raise TypeError(
+                f"{name}: got Outer, expected a tensor or a sequence: attention mixes its projections by one "
+                "coefficient a source, or one a row"
+            )
 
 
 def _check_coefficients(name: str, coefficients: Tensor, weights: Sources, out: int) -> None:

@@ -7,6 +7,7 @@ The set of ops is closed under differentiation. With ``W`` the recipe over ``wei
 * dgrad is linear in ``dy`` with the transposed recipe: its gradients are a forward and a ``wgrad``;
 * wgrad yields ``dW_j = c_j G`` and ``dc_j = <G, W_j>``. Against gradients ``U_j`` and ``u_j`` of those its value is
   ``<G, H>`` with ``H = sum_j c_j U_j + u_j W_j``: a recipe again, of 2N sources, so its gradients are the same ops.
+  Of ``Outer`` coefficients ``c_j = l_j r_j`` the second term is ``(u_j r_j) W_j + (l_j v_j) W_j``: of 3N sources.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rl_kernels.ops.mix import accumulate_dtype, mix
 from rl_kernels.ops.schema import Op
 from rl_kernels.ops.shapes import conv_memory_format
 from rl_kernels.ops.sharding import are_distributed, conv_on_shards, linear_on_shards
-from rl_kernels.ops.values import Call, Geometry, Recipe, Wanted
+from rl_kernels.ops.values import Call, Geometry, Outer, Recipe, Wanted
 from rl_kernels.ops.ways import (
     autocast_cast,
     autocast_dtype,
@@ -72,8 +73,8 @@ CONV = Family(conv.FORWARD, conv.DGRAD, conv.WGRAD, composite.CONV, _fast_conv)
 
 
 def mixed_forward(family: Family, x: Tensor, recipe: Recipe, geometry: Geometry | None = None) -> Tensor:
-    """The forward of ``family``; the fast path first."""
-    if not torch.compiler.is_compiling():
+    """The forward of ``family``; the fast path first, which has no kernel for ``Outer`` coefficients."""
+    if not (torch.compiler.is_compiling() or recipe.is_outer):
         y = family.fast(x, recipe, geometry)
         if y is not None:
             return y
@@ -248,14 +249,15 @@ class DifferentiatedWgrad(NamedTuple):
         """Those of dy, x, the weights, the coefficients, the biases, ``against`` = (U_j, u, V_j of each dbias_j)."""
         by_weight, by_coefficient, by_bias = against
         n, biases = len(self.recipe.weights), self.recipe.biases
+        of_biases = None if self.recipe.is_outer else by_coefficient  # Of which biases have a part.
         d_dy = d_x = d_coefficients = None
         d_weights: list[Tensor | None] = [None] * n
         d_biases: list[Tensor | None] = [None] * len(self.wanted.biases)
         given = [j for j in range(n) if by_weight[j] is not None]
         if given or by_coefficient is not None:
             d_dy, d_x, d_weights, d_coefficients = self._product_terms(by_weight, by_coefficient, given)
-        if biases is not None and (by_coefficient is not None or any(v is not None for v in by_bias)):
-            by_s, d_biases, term = self._bias_terms(by_coefficient, by_bias, biases)
+        if biases is not None and (of_biases is not None or any(v is not None for v in by_bias)):
+            by_s, d_biases, term = self._bias_terms(of_biases, by_bias, biases)
             if self.wants_dy:
                 spread = (
                     by_s if self.family.composite.channel_dim == -1 else by_s.reshape(-1, *(1,) * (self.dy.dim() - 2))
@@ -275,32 +277,53 @@ class DifferentiatedWgrad(NamedTuple):
         n = len(weights)
         sources = [u for u in by_weight if u is not None]
         rows = [coefficients[j] for j in given]
-        if by_coefficient is not None:
+        directions = self._directions(by_coefficient)
+        for direction in directions:
             sources += weights
-            rows += list(by_coefficient)
+            rows += list(direction)
         h = Recipe(sources, torch.stack(rows))
         d_dy = mixed_forward(family, self.x, h, geometry) if self.wants_dy else None
         d_x = mixed_dgrad(family, self.dy, h, self.x.shape, geometry) if self.wants_x else None
-        of_weights = list(wanted.weights) if by_coefficient is not None else []
-        asked = Wanted([False] * len(given) + of_weights, wanted.coefficients and bool(given), [])
+        # The directions of Outer coefficients depend on these.
+        depends = bool(given) or (self.recipe.is_outer and bool(directions))
+        asked = Wanted(
+            [False] * len(given) + list(wanted.weights) * len(directions), wanted.coefficients and depends, []
+        )
         dsources, dmixed, _ = _wgrad(family, self.dy, self.x, h, asked, geometry)
-        d_weights: list[Tensor | None] = list(dsources[len(given) :]) if by_coefficient is not None else [None] * n
+        d_weights = [_sum_of(dsources[len(given) + j :: n]) for j in range(n)]
         d_coefficients = None
         if dmixed is not None:
             zero = torch.zeros_like(coefficients[0])
             found = dict(zip(given, dmixed.unbind(), strict=False))
             d_coefficients = torch.stack([found.get(j, zero) for j in range(n)])
+            if self.recipe.is_outer and directions:
+                out = weights[0].shape[0]
+                by_left, by_right = dmixed[len(given) :].split(n)
+                mixed = Outer(Outer.of(by_right, out).left, Outer.of(by_left, out).right)
+                d_coefficients = d_coefficients + mixed.joined()
         return d_dy, d_x, d_weights, d_coefficients
+
+    def _directions(self, by_coefficient: Tensor | None) -> list[Tensor]:
+        """Coefficients of the weights in H, N of them each: u; of ``Outer`` ones left's u with right, left with
+        right's.
+        """
+        if by_coefficient is None:
+            return []
+        if not self.recipe.is_outer:
+            return [by_coefficient]
+        out = self.recipe.weights[0].shape[0]
+        (left, right), (by_left, by_right) = (Outer.of(c, out) for c in (self.recipe.coefficients, by_coefficient))
+        return [Outer(by_left, right).joined(), Outer(left, by_right).joined()]
 
     def _bias_terms(
         self, by_coefficient: Tensor | None, by_bias: Sequence[Tensor | None], biases: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-        """What the biases add: with s = sum(dy), dbias_j = c_j s and <s, b_j> within dc_j.
+        """What the biases add: with s = sum(dy), dbias_j = c_j s and <s, b_j> within dc_j (not of ``Outer`` ones).
 
         Returns:
             The gradient of s, those of the biases, and a term of the coefficients' where one is wanted.
         """
-        coefficients = self.recipe.coefficients
+        coefficients = self.recipe.bias_coefficients
         dtype = accumulate_dtype(biases[0].dtype)
         s = self.family.composite.sum_to_channels(self.dy, dtype)
         by_s = torch.zeros_like(s)
@@ -315,8 +338,14 @@ class DifferentiatedWgrad(NamedTuple):
                 by_s = by_s + by_coefficient[j] * bias.to(dtype)
                 if self.wanted.biases[j]:
                     d_biases[j] = (by_coefficient[j] * s).to(bias.dtype)
-        wants_term = self.wanted.coefficients and any(v is not None for v in by_bias)
+        wants_term = self.wanted.coefficients and not self.recipe.is_outer and any(v is not None for v in by_bias)
         return by_s, d_biases, torch.stack(per_source) if wants_term else None
+
+
+def _sum_of(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of those that are there; None where none is."""
+    there = [g for g in gradients if g is not None]
+    return functools.reduce(torch.add, there) if there else None
 
 
 # The lean way. Tensors are flattened into the argument list, as Function.apply sees no tensor in a list.

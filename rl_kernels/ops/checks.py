@@ -6,13 +6,14 @@ What only one op has to check stands beside its schema, in ``linear.py`` and ``c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rl_kernels.ops.mix import accumulate_dtype
-from rl_kernels.ops.values import Recipe, Wanted
+from rl_kernels.ops.values import Outer, Recipe, Wanted
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -45,12 +46,12 @@ def check_sources(name: str, sources: Sequence[Tensor]) -> None:
 
 
 def check_coefficients(coefficients: Tensor, weights: Sequence[Tensor]) -> None:
-    """Raise unless ``coefficients`` are ``(N,)`` or ``(N, out)`` in the dtype in which the N ``weights`` mix."""
+    """Raise unless ``coefficients`` are those of a recipe of ``weights``, in the dtype in which these mix."""
     if not isinstance(coefficients, Tensor):
         raise TypeError(f"coefficients: got {type(coefficients).__name__}, expected a tensor")
     _check_layout("coefficients", coefficients)
     n, out, dtype, device = len(weights), weights[0].shape[0], weights[0].dtype, weights[0].device
-    if coefficients.shape != (n,) and coefficients.shape != (n, out):
+    if coefficients.shape != (n,) and coefficients.shape != (n, out) and not _are_joined(coefficients, weights):
         raise RuntimeError(
             f"coefficients: got shape {shape_of(coefficients)}, expected ({n},) or ({n}, {out}) for {n} sources with "
             f"{out} output channels"
@@ -61,6 +62,41 @@ def check_coefficients(coefficients: Tensor, weights: Sequence[Tensor]) -> None:
         )
     if coefficients.device != device:
         raise RuntimeError(f"coefficients: got device {coefficients.device}, expected {device} as weights[0]")
+
+
+def _are_joined(coefficients: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether ``coefficients`` have the shape of joined ``Outer`` ones of ``weights``."""
+    if coefficients.dim() != 3:
+        return False
+    n, rank, length = coefficients.shape
+    out, *rest = weights[0].shape
+    return bool(n == len(weights) and rank >= 1 and length == out + math.prod(rest))
+
+
+def check_outer(name: str, outer: Outer, weights: Sequence[Tensor]) -> None:
+    """Raise unless ``outer`` fits ``weights``, its dtype aside; ``name`` is for messages."""
+    out, *rest = weights[0].shape
+    n, device = len(weights), weights[0].device
+    for part, value, length in (("left", outer.left, out), ("right", outer.right, math.prod(rest))):
+        named = f"{name}.{part}"
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{named}: got {type(value).__name__}, expected a tensor")
+        if not value.dtype.is_floating_point:
+            raise RuntimeError(f"{named}: got dtype {value.dtype}, expected a floating-point dtype")
+        _check_layout(named, value)
+        if value.dim() != 3 or value.shape[0] != n or value.shape[1] < 1 or value.shape[2] != length:
+            raise RuntimeError(
+                f"{named}: got shape {shape_of(value)}, expected ({n}, R, {length}) with R of 1 or more for {n} "
+                f"sources of shape {shape_of(weights[0])}"
+            )
+        if value.device != device:
+            raise RuntimeError(f"{named}: got device {value.device}, expected {device} as weights[0]")
+    rank = outer.left.shape[1]
+    if outer.right.shape[1] != rank:
+        raise RuntimeError(
+            f"{name}.right: got shape {shape_of(outer.right)} of rank {outer.right.shape[1]}, expected rank {rank} as "
+            f"{name}.left"
+        )
 
 
 def check_recipe(recipe: Recipe, dim: int, expected: str) -> None:

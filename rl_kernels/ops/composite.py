@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as aten
 from torch import Tensor
 
-from rl_kernels.ops.mix import accumulate_dtype, factors, mix, mixed_bias
+from rl_kernels.ops.mix import accumulate_dtype, factors, mix, mixed_bias, outer_gradient
 from rl_kernels.ops.shapes import as_rows
 from rl_kernels.ops.values import Geometry, Recipe, Wanted
 
@@ -45,9 +45,9 @@ class Composite(NamedTuple):
         """The gradients of the biases, which need no product."""
         if recipe.biases is None or not any(wanted):
             return [None] * len(wanted)
-        total = self.sum_to_channels(dy, recipe.coefficients.dtype)
+        total, coefficients = self.sum_to_channels(dy, recipe.coefficients.dtype), recipe.bias_coefficients
         return [
-            (recipe.coefficients[j] * total).to(bias.dtype) if want else None
+            (coefficients[j] * total).to(bias.dtype) if want else None
             for j, (bias, want) in enumerate(zip(recipe.biases, wanted, strict=True))
         ]
 
@@ -63,10 +63,12 @@ class Composite(NamedTuple):
         g = self.wgrad(dy.to(compute), x.to(compute), weights[0].to(compute), geometry)
         dweights = [
             (factor * g).to(weight.dtype) if want else None
-            for factor, weight, want in zip(factors(coefficients, g.dim()), weights, wanted.weights, strict=True)
+            for factor, weight, want in zip(factors(coefficients, g.shape), weights, wanted.weights, strict=True)
         ]
         if not wanted.coefficients:
             return dweights, None, dbiases
+        if recipe.is_outer:
+            return dweights, outer_gradient(g, weights, coefficients), dbiases
         # A dimension more, so that there is one to sum where the sources are vectors.
         within = list(range(1, g.dim() + 1))
         rows = torch.stack([(g * weight).unsqueeze(-1).sum(within) for weight in weights])

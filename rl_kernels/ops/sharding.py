@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from rl_kernels.ops.mix import mix
-from rl_kernels.ops.values import Recipe
+from rl_kernels.ops.values import Outer, Recipe
 
 
 def as_distributed_as(source: Any, coefficients: Any) -> Tensor:
@@ -107,6 +107,7 @@ def linear_on_shards(local: Callable[[Tensor, Recipe], Tensor], x: Any, recipe: 
     by_x: Placement
     by_weights: Placement = of_weights
     by_coefficients: Placement = Partial()
+    by_left = by_right = by_coefficients
     of_y: Placement
     added_after = None
     if of_weights == Shard(0) and of_x == Replicate() and of_biases in (None, Shard(0)):
@@ -114,11 +115,13 @@ def linear_on_shards(local: Callable[[Tensor, Recipe], Tensor], x: Any, recipe: 
         if coefficients.dim() == 2:  # Each rank needs those of its own outputs.
             by_coefficients = Shard(1)
             coefficients = coefficients.redistribute(placements=[by_coefficients])
+        by_left = Shard(2)
     elif of_weights == Shard(1) and of_x == Shard(last) and of_biases in (None, Replicate()):
-        by_x, of_y = of_x, Partial()
+        by_x, of_y, by_right = of_x, Partial(), Shard(2)
         added_after, biases = biases, None  # Once, to the sum over the ranks.
     elif of_weights == Replicate() and of_biases in (None, Replicate()) and of_x == Replicate():
         by_x, of_y, by_coefficients = Replicate(), Replicate(), Replicate()
+        by_left = by_right = by_coefficients
     elif of_weights == Replicate() and of_biases in (None, Replicate()) and type(of_x) is Shard and of_x.dim < last:
         by_x, of_y, by_weights = of_x, of_x, Partial()
     else:
@@ -126,7 +129,9 @@ def linear_on_shards(local: Callable[[Tensor, Recipe], Tensor], x: Any, recipe: 
 
     local_recipe = Recipe(
         [weight.to_local(grad_placements=[by_weights]) for weight in weights],
-        coefficients.to_local(grad_placements=[by_coefficients]),
+        _local_outer(coefficients, weights[0].shape[0], by_left, by_right)
+        if recipe.is_outer
+        else coefficients.to_local(grad_placements=[by_coefficients]),
         None if biases is None else [bias.to_local(grad_placements=[by_weights]) for bias in biases],
     )
     y = local(_Waited.apply(x.to_local(grad_placements=[by_x])), local_recipe)
@@ -135,7 +140,22 @@ def linear_on_shards(local: Callable[[Tensor, Recipe], Tensor], x: Any, recipe: 
     y = DTensor.from_local(
         _Waited.apply(y.contiguous()), mesh, [of_y], run_check=False, shape=whole.shape, stride=whole.stride()
     )
-    return y if added_after is None else y + mix(added_after, coefficients, x.dtype)
+    return y if added_after is None else y + mix(added_after, recipe.bias_coefficients, x.dtype)
+
+
+def _local_outer(coefficients: Any, out: int, *placements: Any) -> Tensor:
+    """``Outer`` coefficients of a rank's part of the weights, by the placements of the gradients of left and right.
+
+    Each rank needs those of its own outputs or inputs: where a gradient is sharded, the part is.
+    """
+    from torch.distributed.tensor import Replicate
+
+    parts = []
+    part: Any
+    for part, by_part in zip(Outer.of(coefficients, out), placements, strict=True):
+        there = part.redistribute(placements=[by_part if by_part.is_shard() else Replicate()])
+        parts.append(there.to_local(grad_placements=[by_part]))
+    return Outer(*parts).joined()
 
 
 def conv_on_shards(local: Callable[[Tensor, Recipe], Tensor], x: Any, recipe: Recipe) -> Tensor:

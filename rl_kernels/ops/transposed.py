@@ -27,7 +27,8 @@ def mixed_conv_transpose(x: Tensor, recipe: Recipe, output_padding: Sequence[int
 
     Args:
         x: ``(batch, in, *spatial)``.
-        recipe: weights ``(in, out / groups, *kernel)``, coefficients ``(N,)``, biases ``(out,)``.
+        recipe: weights ``(in, out / groups, *kernel)``, coefficients ``(N,)`` or ``Outer`` ones joined, biases
+            ``(out,)``.
         output_padding: one number a spatial dimension, as the geometry's.
         geometry: of the convolution whose dgrad this is, as torch's arguments.
 
@@ -93,7 +94,7 @@ def _check(x: Tensor, recipe: Recipe, output_padding: Sequence[int], geometry: G
     weights, coefficients, biases = recipe
     dim = len(geometry.stride) + 2
     check_sources("weights", weights)
-    if coefficients.shape != (len(weights),):
+    if coefficients.dim() != 3 and coefficients.shape != (len(weights),):
         raise RuntimeError(
             f"coefficients: got shape {shape_of(coefficients)}, expected ({len(weights)},): a transposed "
             "convolution has one a source, since its output channels are not the first dimension of its weights"

@@ -9,7 +9,40 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class Outer(NamedTuple):
+    """Structured coefficients, one for each element of a weight, of rank R.
+
+    ``c[n, o, k] = sum_r left[n, r, o] * right[n, r, k]``, so that ``W[o, k] = sum_n c[n, o, k] * W_n[o, k]``. They take
+    the place of ``coefficients`` in the linear layers, the convolutions and ``mix`` of ``rl_kernels.functional``. A
+    bias has no column k: biases are summed as they are, each with the coefficient 1.
+
+    The sum over r is in order, in float32 (float64 for float64 weights), as the mix is. With R of 16 or less nothing
+    weight-sized is stored; a larger R is legal.
+
+    Source: option; idea of KML/AdAM and arXiv 2602.06245, not the formula of arXiv 2203.15297, which could not be read.
+
+    Attributes:
+        left: ``(N, R, out)``, of the first dimension of the weights (a transposed convolution's input channels). In
+            float32, or float64 where the weights are; other floating-point dtypes are cast to that.
+        right: ``(N, R, K)`` in the same dtype, K the size of the weights' other dimensions, flattened in their order:
+            ``in`` of a linear layer, ``in / groups * taps`` of a convolution.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, coefficients: Tensor, out: int) -> Outer:
+        """The two parts, as views, of what ``joined`` made for weights with ``out`` rows."""
+        return cls(coefficients[..., :out], coefficients[..., out:])
+
+    def joined(self) -> Tensor:
+        """Left and right beside each other, ``(N, R, out + K)``: the form in which ops take and return them."""
+        return torch.cat((self.left, self.right), -1)
 
 
 class Recipe(NamedTuple):
@@ -17,7 +50,8 @@ class Recipe(NamedTuple):
 
     Attributes:
         weights: N >= 1 sources of one shape, ``(out, in)`` or ``(out, in / groups, *kernel)``.
-        coefficients: ``(N,)``, or ``(N, out)`` for one coefficient per output channel.
+        coefficients: ``(N,)``; ``(N, out)`` for one coefficient per output channel; or ``(N, R, out + K)``, the parts
+            of ``Outer`` coefficients joined, which are not of the biases: those are summed.
         biases: N vectors ``(out,)``, or None.
     """
 
@@ -29,6 +63,16 @@ class Recipe(NamedTuple):
     def per_channel(self) -> bool:
         """Whether each output channel has coefficients of its own."""
         return self.coefficients.dim() == 2
+
+    @property
+    def is_outer(self) -> bool:
+        """Whether the coefficients are joined parts of ``Outer`` ones."""
+        return self.coefficients.dim() == 3
+
+    @property
+    def bias_coefficients(self) -> Tensor:
+        """What the biases are mixed by: the coefficients, but ones ``(N,)`` beside ``Outer`` coefficients."""
+        return self.coefficients.new_ones(len(self.weights)) if self.is_outer else self.coefficients
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of the recipe: the coefficients, the weights, the biases."""
@@ -64,7 +108,7 @@ class Wanted(NamedTuple):
 
     def sums(self, recipe: Recipe) -> bool:
         """Whether any of them needs dy summed over everything but its channels, the gradient of the mixed bias."""
-        return any(self.biases) or (self.coefficients and recipe.biases is not None)
+        return any(self.biases) or (self.coefficients and recipe.biases is not None and not recipe.is_outer)
 
     def __bool__(self) -> bool:
         """Whether any is."""

@@ -41,6 +41,8 @@ class Case:
     dilation: tuple[int, ...] = ()
     sources: int = 2
     granularity: str = "scalar"
+    rank: int = 0
+    """Of ``Outer`` coefficients, where there are any: R, whatever the granularity."""
     biased: bool = True
     dtype: torch.dtype = torch.float32
     half_activation: bool = False
@@ -51,16 +53,18 @@ class Case:
     """Whether all sources are one tensor."""
     needs_x: bool = True
     needs_coefficients: bool = True
+    """Of ``Outer`` coefficients: left."""
+    needs_right: bool = True
     needs_weights: tuple[bool, ...] = (True, True, True, True)
     needs_biases: tuple[bool, ...] = (True, True, True, True)
     seed: int = 0
 
 
 @st.composite
-def cases(draw: Any, spatial: int) -> Case:
-    """Any case of one kind of layer."""
+def cases(draw: Any, spatial: int, outer: bool = False) -> Case:
+    """Any case of one kind of layer, with ``Outer`` coefficients or without."""
     size = st.sampled_from(ODD_SIZES)
-    sources = draw(st.integers(1, 4))
+    sources = draw(st.integers(1, 3 if outer else 4))
     common = {
         "spatial": spatial,
         "channels": (draw(size), draw(size)),
@@ -77,6 +81,8 @@ def cases(draw: Any, spatial: int) -> Case:
         "needs_biases": tuple(draw(st.lists(st.booleans(), min_size=4, max_size=4))),
         "seed": draw(st.integers(0, 2**16)),
     }
+    if outer:
+        common |= {"rank": draw(st.sampled_from((1, 2, 4, 16))), "needs_right": draw(st.booleans())}
     if common["dtype"] == torch.float32:
         common["half_activation"] = draw(st.integers(0, 3)) == 0
     if spatial == 0:
@@ -128,7 +134,7 @@ class Tensors:
 
     x: Tensor
     weights: list[Tensor]
-    coefficients: Tensor
+    coefficients: Tensor | rl.Outer
     biases: list[Tensor] | None
     dy: Tensor
 
@@ -154,14 +160,20 @@ def make(case: Case) -> Tensors:
         weights = [weights[0]] * case.sources
     biases = [random(out).to(case.dtype) for _ in range(case.sources)] if case.biased else None
     mixing = torch.float64 if case.dtype == torch.float64 else torch.float32
-    shape = (case.sources,) if case.granularity == "scalar" else (case.sources, out)
-    coefficients = random(*shape).to(mixing)
+    coefficients: Tensor | rl.Outer
+    if case.rank:
+        columns = within * math.prod(case.kernel)
+        parts = (random(case.sources, case.rank, length).to(mixing) for length in (out, columns))
+        coefficients = rl.Outer(*parts)
+    else:
+        shape = (case.sources,) if case.granularity == "scalar" else (case.sources, out)
+        coefficients = random(*shape).to(mixing)
     with torch.no_grad(), rl.use_backend("reference"):
         y = call(case, x, weights, coefficients, biases)
     return Tensors(x, weights, coefficients, biases, laid_out(random(*y.shape).to(y.dtype), case.layouts[2]))
 
 
-def call(case: Case, x: Tensor, weights: Any, coefficients: Tensor, biases: Any) -> Tensor:
+def call(case: Case, x: Tensor, weights: Any, coefficients: Tensor | rl.Outer, biases: Any) -> Tensor:
     """The functional call of ``case``."""
     if case.spatial == 0:
         return F.mixed_linear(x, weights, coefficients, biases)
@@ -179,13 +191,20 @@ def run(case: Case, tensors: Tensors, convert: Any = lambda t: t) -> dict[str, T
     weights = [leaf(w, n) for w, n in zip(tensors.weights, case.needs_weights, strict=False)]
     if case.aliased:
         weights = [weights[0]] * case.sources
-    coefficients = leaf(tensors.coefficients, case.needs_coefficients)
+    coefficients: Tensor | rl.Outer
+    if isinstance(tensors.coefficients, rl.Outer):
+        left, right = tensors.coefficients
+        coefficients = rl.Outer(leaf(left, case.needs_coefficients), leaf(right, case.needs_right))
+        mixing = {"dleft": coefficients.left, "dright": coefficients.right}
+    else:
+        coefficients = leaf(tensors.coefficients, case.needs_coefficients)
+        mixing = {"dcoefficients": coefficients}
     biases = None
     if tensors.biases is not None:
         biases = [leaf(b, n) for b, n in zip(tensors.biases, case.needs_biases, strict=False)]
     y = call(case, x, weights, coefficients, biases)
     found = {"y": y.detach()}
-    named = {"dx": x, "dcoefficients": coefficients}
+    named = {"dx": x, **mixing}
     named |= {f"dweights[{j}]": w for j, w in enumerate(weights)}
     named |= {f"dbiases[{j}]": b for j, b in enumerate(biases or ())}
     wanted = {name: tensor for name, tensor in named.items() if tensor.requires_grad}

@@ -86,7 +86,9 @@ class Cuda(Backend):
         return extension.EXTENSION.missing
 
     def why_not_call(self, call: Call) -> str | None:
-        """Types, sources and sizes, as C++ finds them (``csrc/bindings/cuda/rules.cpp``), TF32, or the GPU's age."""
+        """The recipe, types and sizes, as C++ finds them (``csrc/bindings/cuda/rules.cpp``), TF32, or the GPU's age."""
+        if call.recipe.is_outer:
+            return "no kernel for Outer coefficients"
         activation, recipe = call.activation, call.recipe
         reason = _C.why_not(activation, recipe.weights, recipe.coefficients, call.input_size or (), call.geometry)
         if reason is not None:
@@ -103,8 +105,8 @@ class Cuda(Backend):
         return None if reason is None else str(reason)
 
     def exceptions(self, case: Case) -> str | None:
-        """The number of sources, and of convolutions what ``worse`` says."""
-        few = "not more than 4 sources"
+        """The recipe, the number of sources, and of convolutions what ``worse`` says."""
+        few = "not Outer coefficients, more than 4 sources"
         if "conv" not in case.op:
             return few
         return f"{few}, fewer than 16 channels a group or anything but channels_last"

@@ -89,7 +89,9 @@ class Triton(Backend):
         return None if case.device == "cuda" else "needs an NVIDIA GPU"
 
     def why_not_call(self, call: Call) -> str | None:
-        """The number of sources, or the age of the GPU."""
+        """The recipe, the number of sources, or the age of the GPU."""
+        if call.recipe.is_outer:
+            return "no kernel for Outer coefficients"
         if len(call.recipe.weights) > MAX_SOURCES:
             return f"more than {MAX_SOURCES} sources"
         device = call.activation.device
@@ -109,8 +111,8 @@ class Triton(Backend):
         return watching
 
     def exceptions(self, case: Case) -> str | None:
-        """The number of sources."""
-        return f"not more than {MAX_SOURCES} sources"
+        """The recipe, and the number of sources."""
+        return f"not Outer coefficients, more than {MAX_SOURCES} sources"
 
     def variants(self, op: str, dtype: torch.dtype) -> Variants:
         """As the heuristic chooses, and in every configuration that it may choose for two sources on this device."""
