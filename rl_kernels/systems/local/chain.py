@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from typing import Any
 
+import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from rl_kernels.conversion.blocks import class_of, composite_blocks, is_norm, join, leaf_layers
 from rl_kernels.nn import ReplacementLayer
 
 _INSIDE = "model."
-_TRAINING = (F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Chain:
         if not blocks:
             raise ValueError(f"model: got {type(model).__name__}, which has no chain of blocks")
         # Nodes live as long as their graph.
-        self._graph = _traced(model, blocks)
+        self._graph, self._returned = _traced(model, blocks)
         self.units = tuple(_units(self._graph, model, blocks))
         _check_apart(model, self.units)
 
@@ -89,7 +89,7 @@ class Chain:
 
         for node in nodes:
             made[node] = _copied(graph, node, find)
-        graph.output(made[nodes[-1]])
+        graph.output(made[self._returned if end == len(self.units) and self._returned in made else nodes[-1]])
         return fx.GraphModule(self.model if root is None else root, graph, class_name="Part")
 
 
@@ -139,27 +139,61 @@ class _Tracer(fx.Tracer):
         return m not in self.opened
 
 
-def _traced(model: nn.Module, blocks: Sequence[str]) -> fx.Graph:
+def _traced(model: nn.Module, blocks: Sequence[str]) -> tuple[fx.Graph, fx.Node]:
+    """What the model runs around its blocks, and what of it is returned."""
     around = {""}
     for path in blocks:
         names = path.split(".")[:-1]
         around |= {".".join(names[:count]) for count in range(1, len(names) + 1)}
     named = dict(model.named_modules(remove_duplicate=False))
     whole = _Around(model)
-    tracer = _Tracer({whole, *(named[path] for path in around)})
+    opened = {whole, *(named[path] for path in around)}
+    graphs = []
+    training = {module: module.training for module in model.modules()}
+    # Three times: what the model decides by itself, by its mode or by chance, would be frozen as it was.
     try:
-        graph = tracer.trace(whole)
+        for number, mode in enumerate((True, True, False)):
+            for module in training:
+                module.training = mode
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(number)
+                graphs.append(_Tracer(opened).trace(whole))
     except Exception as error:  # Whatever the model's own forward raises where it meets no tensor.
         raise ValueError(
-            f"model: got {type(model).__name__}, whose forward cannot be traced around its blocks: {error}"
+            f"model: got {type(model).__name__}, whose forward cannot be traced around its blocks, expected one that "
+            f"runs them one after the other whatever the numbers are: {error}"
         ) from error
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in _TRAINING:
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    for one, other in pairwise(graphs):
+        if (where := _first_difference(one, other)) is not None:
             raise ValueError(
-                f"model: got {type(model).__name__}, whose forward calls {node.target.__name__} outside of its blocks, "
-                f"expected the module of that name"
+                f"model: got {type(model).__name__}, whose forward does not always do the same outside of its blocks "
+                f"({where}), expected modules, as nn.Dropout, for what depends on training or chance"
             )
-    return graph
+    (returned,) = (node.args[0] for node in graphs[0].nodes if node.op == "output")
+    if not isinstance(returned, fx.Node):
+        raise ValueError(
+            f"model: got {type(model).__name__}, whose forward returns a {type(returned).__name__}, expected one "
+            "tensor, the logits"
+        )
+    return graphs[0], returned
+
+
+def _first_difference(one: fx.Graph, other: fx.Graph) -> str | None:
+    """The name of the first node that only one of two graphs has so; None where they are the same."""
+    for mine, theirs in zip_longest(one.nodes, other.nodes):
+        if mine is None or theirs is None:
+            return str(mine or theirs)
+        if (mine.op, mine.target, str(mine.args), str(mine.kwargs)) != (
+            theirs.op,
+            theirs.target,
+            str(theirs.args),
+            str(theirs.kwargs),
+        ):
+            return str(mine)
+    return None
 
 
 def _units(graph: fx.Graph, model: nn.Module, blocks: Sequence[str]) -> Iterator[Unit]:

@@ -95,9 +95,9 @@ def cuts(chain: Chain, modules: int, by: Cut, each: Sequence[Cost]) -> list[int]
     """
     units, stem = len(chain), int(chain.has_stem)
     if not 1 <= modules <= units:
+        names = ", ".join(unit.path or "what runs before the first block" for unit in chain.units[:20])
         raise ValueError(
-            f"modules: got {modules}, expected at least 1 and at most {units}: {units - stem} blocks"
-            + " and what runs before the first" * stem
+            f"modules: got {modules}, expected at least 1 and at most {units}, of which each can be one: {names}"
         )
     if by == "blocks":
         if modules == units:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from rl_kernels.systems.local.auxiliary import Mixing
-from rl_kernels.systems.local.heads import HeadName
+from rl_kernels.conversion.options import one_of
+from rl_kernels.systems.local.auxiliary import MIXINGS, Mixing
+from rl_kernels.systems.local.heads import HEADS, HeadName
+
+
+def whole_number(name: str, value: object, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least that.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is less.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected a whole number")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -15,7 +30,8 @@ class Method:
     Attributes:
         end_to_end: the loss of the whole network alone: back-propagation.
         checkpoint: of back-propagation, the modules but the last are computed again in its backward.
-        span: k: a loss reaches the module that it judges, and the k - 1 before it.
+        span: k: a loss reaches the module that it judges, and the k - 1 before it. Each module runs k times a step
+            (k + 1 with ``independent``), and its norms' running statistics follow each time, as in public code.
         independent: besides the cascades of k modules, each module alone is judged as well, by a head of its own.
         independent_weight: of the loss of a module alone.
         cascade_weight: of the loss of a cascade.
@@ -40,6 +56,27 @@ class Method:
     recognition: tuple[float, ...] = (1.0, 1.0)
     copies: int = 0
     mixing: Mixing = "sum"
+
+    def __post_init__(self) -> None:
+        one_of("method.head", self.head, HEADS)
+        one_of("method.mixing", self.mixing, MIXINGS)
+        for name, least in (("span", 1), ("copies", 0)):
+            whole_number(f"method.{name}", getattr(self, name), least)
+        for name, lengths in (("reconstruction", (0, 2)), ("recognition", (2,))):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or len(value) not in lengths:
+                raise ValueError(f"method.{name}: got {value!r}, expected two numbers")
+        numbers: dict[str, tuple[float, ...]] = {
+            "independent_weight": (self.independent_weight,),
+            "cascade_weight": (self.cascade_weight,),
+            "reconstruction": self.reconstruction,
+            "recognition": self.recognition,
+        }
+        for name, values in numbers.items():
+            if not all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in values):
+                raise ValueError(f"method.{name}: got {getattr(self, name)!r}, expected numbers of at least 0")
+        if self.checkpoint and not self.end_to_end:
+            raise ValueError("method.checkpoint: got True without end_to_end, expected both or none")
 
     def weights(self, index: int, heads: int) -> tuple[float, float]:
         """Return the weights of reconstruction and recognition of the head ``index`` of so many."""

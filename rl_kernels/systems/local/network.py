@@ -64,6 +64,7 @@ class LocalNetwork(nn.Module):
         heads: judges of single modules, by the module's number, where ``method.independent``.
         judges: of cascades, by the number of the last module in it; the last of all has none.
         first_token: tokens are judged by the first of them, not by their mean.
+        image: shape of the input that it was cut for.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class LocalNetwork(nn.Module):
         heads: Mapping[int, Judge],
         judges: Mapping[int, Judge],
         first_token: bool,
+        image: tuple[int, ...],
     ):
         super().__init__()
+        self.units, self.image = [unit.path for unit in chain.units], image
         self.model, self.method, self.starts = chain.model, method, tuple(starts)
         self.first_token = first_token
         self.heads = nn.ModuleDict({str(index): head for index, head in heads.items()})
@@ -101,6 +104,9 @@ class LocalNetwork(nn.Module):
 
     def wrap(self, pieces: Sequence[nn.Module]) -> None:
         """Have steps and calls run through these wrappers of :meth:`pieces` (DDP, say)."""
+        expected = len(self.pieces())
+        if len(pieces) != expected:
+            raise ValueError(f"pieces: got {len(pieces)}, expected {expected}, one for each of pieces()")
         self.running = list(pieces)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,35 +131,58 @@ class LocalNetwork(nn.Module):
             if isinstance(module, AuxiliaryNet):
                 module.follow()
 
-    def step(self, images: Tensor, targets: Tensor, engine: Engine | None = None, smoothing: float = 0.0) -> Tensor:
+    def step(self, images: Tensor, targets: Tensor, *, engine: Engine | None = None, smoothing: float = 0.0) -> Tensor:
         """Add every module's gradients to its parameters', freeing each graph at once.
 
         Args:
             images: ``(B, ...)``, as the model takes them.
             targets: int64 ``(B,)``, or probabilities ``(B, classes)``.
-            engine: differentiates; None for torch's own backward.
+            engine: differentiates, and may wait with the average over processes
+                (``rl_kernels.systems.contract.Engine``); None for torch's own backward.
             smoothing: of labels.
 
         Returns:
             The cross-entropy of the whole network, without graph.
 
         Raises:
-            ValueError: a batch of one where statistics are the batch's; probabilities where a loss needs labels.
+            TypeError: targets of another kind.
+            ValueError: in training a batch of one where statistics are the batch's; probabilities where a loss needs
+                labels; images of another size than :func:`split` was told, of which a reconstruction is wanted; nothing
+                that is trained.
         """
-        if len(images) < 2 and has_batch_statistics(self) and not self.method.end_to_end:
-            raise ValueError(
-                f"images: got a batch of {len(images)}, expected at least 2, as statistics are the batch's"
-            )
+        if not isinstance(targets, Tensor) or not (targets.dtype == torch.int64 or targets.ndim > 1):
+            got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+            raise TypeError(f"targets: got {got}, expected a tensor of int64 labels or of probabilities")
+        if self.training and len(images) < 2 and has_batch_statistics(self) and not self.method.end_to_end:
+            raise ValueError(f"images: got a batch of {len(images)}, expected at least 2: statistics are the batch's")
         if self.method.contrastive and targets.ndim > 1:
-            raise ValueError(
-                "targets: got probabilities with a contrastive loss, expected labels (no mixup, no cutmix)"
-            )
+            raise ValueError("targets: got probabilities with a contrastive loss, expected labels (no mixup)")
+        if self.method.reconstruction and images.shape[1:] != torch.Size(self.image[1:]):
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected {self.image[1:]} each, to be rebuilt")
         return _Step(self, images, targets, engine or Plain(), smoothing).go()
 
     def read_pixels(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Tell with which means and deviations of channels images are standardised, for reconstructions."""
+        """Tell by which means and deviations of channels images are standardised, for reconstructions of pixels.
+
+        Without it images are taken for pixels, from 0 to 1.
+
+        Raises:
+            ValueError: another number of them than channels, or a deviation of zero.
+        """
+        channels = self.image[1]
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(f"{name}: got {len(values)} numbers, expected {channels}, one a channel")
+        if not all(value > 0 for value in std):
+            raise ValueError(f"std: got {list(std)}, expected positive numbers")
         first, second = (torch.tensor(each).reshape(1, -1, 1, 1) for each in (mean, std))
         self.pixels = first, second
+
+    def extra_repr(self) -> str:
+        """The first and the last unit of each module."""
+        named = [unit or "stem" for unit in self.units]
+        ends = [(named[first], named[end - 1]) for first, end in pairwise(self.starts)]
+        return "modules: " + ", ".join(first if first == last else f"{first} to {last}" for first, last in ends)
 
 
 class _Step:
@@ -175,14 +204,20 @@ class _Step:
             return self.found
         # Alone, a module takes the output of the one before; a cascade that of the one before its first.
         alone = trailing = self.images
+        learnt = False
         for index in range(self.count):
             losses: list[Tensor] = []
             if self.method.independent:
                 alone = self._alone(alone, index, losses)
             if index >= self.span - 1:
                 trailing = self._cascade(trailing, index, losses)
-            if losses:
-                self.engine.backward(losses[0] if len(losses) == 1 else losses[0] + losses[1])
+            # A module that is frozen, with what judges it, has nothing to learn.
+            learning = [loss for loss in losses if loss.requires_grad]
+            if learning:
+                self.engine.backward(learning[0] if len(learning) == 1 else learning[0] + learning[1])
+            learnt = learnt or bool(learning)
+        if not learnt:
+            raise ValueError("model: got one in which nothing requires a gradient, expected something to train")
         return self.found
 
     def _end_to_end(self) -> None:

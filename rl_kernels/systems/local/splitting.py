@@ -8,16 +8,17 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import nn
 
 import rl_kernels as rl
 from rl_kernels.conversion.options import one_of
 from rl_kernels.nn import ReplacementLayer
-from rl_kernels.systems.local.auxiliary import MIXINGS, AuxiliaryNet, Statistics, deeper_units
+from rl_kernels.systems.local.auxiliary import AuxiliaryNet, Statistics, deeper_units
 from rl_kernels.systems.local.chain import Chain
 from rl_kernels.systems.local.cutting import CUTS, Cost, Cut, costs, cuts
-from rl_kernels.systems.local.heads import HEADS, Decoder, make_head
-from rl_kernels.systems.local.methods import METHODS, Method
+from rl_kernels.systems.local.heads import Decoder, make_head
+from rl_kernels.systems.local.methods import METHODS, Method, whole_number
 from rl_kernels.systems.local.network import Judge, LocalNetwork
 
 Foreign = Literal["detach", "refuse"]
@@ -42,6 +43,8 @@ def split(
     """Cut a model into modules that learn for themselves.
 
     The model is not changed, but for ``foreign``: it is the network for inference, before, during and after training.
+    Modules run on the layers that it has now: replace or exchange them before. Hooks of the model itself, not of its
+    layers, are not called by its modules. Heads have the device and the dtype of the module that they judge.
 
     Args:
         model: a chain of blocks, from one tensor to logits ``(B, classes)``: an ``nn.Sequential``, a ResNet or ViT of
@@ -64,33 +67,29 @@ def split(
         follows ``follow()``.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: an option that cannot be, a model without a chain of blocks, or more modules than blocks.
+        TypeError: ``model`` is no module, or an option of another kind.
+        ValueError: an option that cannot be, a model without a chain of blocks, or more modules than units.
     """
     chosen = _method(method)
     for name, value, known in (
         ("cut", cut, CUTS),
         ("statistics", statistics, ("own", "copied")),
         ("foreign", foreign, ("detach", "refuse")),
-        ("method.head", chosen.head, HEADS),
-        ("method.mixing", chosen.mixing, MIXINGS),
     ):
         one_of(name, value, known)
     for name, number in (("modules", modules), ("patches", patches), ("head_width", head_width)):
-        if number < 1:
-            raise ValueError(f"{name}: got {number}, expected at least 1")
-    if chosen.span < 1 or chosen.copies < 0:
-        raise ValueError(f"method: got span {chosen.span}, copies {chosen.copies}, expected at least 1 and 0")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum: got {momentum}, expected from 0 to 1")
-    if len(shape) < 2 or shape[0] < 2:
-        raise ValueError(f"shape: got {tuple(shape)}, expected that of a batch of at least two")
+        whole_number(name, number, 1)
+    if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+        raise ValueError(f"momentum: got {momentum!r}, expected at least 0 and less than 1")
+    if not isinstance(supervise_first, bool):
+        raise TypeError(f"supervise_first: got {supervise_first!r}, expected True or False")
+    image = _checked_shape(shape)
     chain = Chain(model)
-    found = costs(chain, shape)
+    found = costs(chain, image)
     starts = cuts(chain, modules, cut, found)
     if modules > 1 and not chosen.end_to_end:
         _keep_apart(chain, starts, foreign)
-    builder = _Builder(chain, starts, chosen, found, tuple(shape), momentum, statistics, patches, head_width)
+    builder = _Builder(chain, starts, chosen, found, image, momentum, statistics, patches, head_width)
     final = modules - 1
     span = min(chosen.span, modules)
     alone = range(0 if supervise_first else span - 1, final) if chosen.independent else range(0)
@@ -98,7 +97,15 @@ def split(
     heads = {index: builder.judge(index, copies=0) for index in alone}
     judges = {index: builder.judge(index, copies=chosen.copies) for index in cascades}
     settings = chosen if modules > 1 else Method(end_to_end=True)
-    return LocalNetwork(chain, starts, settings, heads, judges, builder.first_token)
+    return LocalNetwork(chain, starts, settings, heads, judges, builder.first_token, image)
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    whole = all(isinstance(size, int) and size >= 1 for size in sizes)
+    if len(sizes) < 2 or not whole or sizes[0] < 2:
+        raise ValueError(f"shape: got {shape!r}, expected that of a batch of at least two, as (2, 3, 32, 32)")
+    return sizes
 
 
 def _method(method: str | Method) -> Method:
@@ -159,7 +166,27 @@ class _Builder:
             width=self.width,
             first_token=self.first_token,
         )
-        return Judge(auxiliary, head, decoder, self.patches)
+        judge = Judge(auxiliary, head, decoder, self.patches)
+        last_layer = next((p for p in self._parameters_of(index) if p.is_floating_point()), None)
+        if last_layer is not None:
+            judge.to(last_layer.device, last_layer.dtype)
+        self._check(judge, index, shape)
+        return judge
+
+    def _parameters_of(self, index: int) -> list[nn.Parameter]:
+        return list(self.chain.part(self.starts[index], self.starts[index + 1]).parameters())
+
+    def _check(self, judge: Judge, index: int, shape: tuple[int, ...]) -> None:
+        """Raise unless the judge can take what its module returns."""
+        twin = copy.deepcopy(judge).to("meta")
+        dtype = next(twin.parameters()).dtype
+        try:
+            twin(torch.empty(shape, device="meta", dtype=dtype))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"method: module {index} returns {shape}, which what judges it cannot take, with patches="
+                f"{self.patches}: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def _keep_apart(chain: Chain, starts: Sequence[int], foreign: Foreign) -> None:

@@ -14,12 +14,15 @@ from rl_kernels.conversion.blocks import count
 from rl_kernels.conversion.options import one_of
 from rl_kernels.systems.config import Config
 from rl_kernels.systems.contract import Batches, Built, Engine, ImageShape, System
-from rl_kernels.systems.local.methods import METHODS, Method
+from rl_kernels.systems.local.methods import METHODS, Method, whole_number
 from rl_kernels.systems.local.network import LocalNetwork
 from rl_kernels.systems.local.probing import probe
 from rl_kernels.systems.local.splitting import split
 from rl_kernels.systems.replacement import Replacement, build_replaced
 from rl_kernels.systems.schedules import CIFAR, IMAGENET, IMAGENET_DATA
+
+OF_MODULES = ("independent", "independent_weight", "cascade_weight", "head", "copies", "mixing")
+"""Settings of modules that learn from losses of their own."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,20 @@ class LocalConfig(Config):
         one_of("local.method", self.local.method, METHODS)
         if self.runtime.strategy == "fsdp2":
             raise ValueError("runtime.strategy: got 'fsdp2', expected 'auto' or 'ddp': modules are wrapped one by one")
-        chosen = self.local.chosen()
-        for name, value in (("reconstruction", chosen.reconstruction), ("recognition", chosen.recognition)):
-            if len(value) not in ((0, 2) if name == "reconstruction" else (2,)):
-                raise ValueError(f"local.{name}: got {list(value)}, expected two numbers")
+        wanted, chosen = self.local, self.local.chosen()
+        for name in ("modules", "patches", "head_width"):
+            whole_number(f"local.{name}", getattr(wanted, name), 1)
+        if not 0 <= wanted.copy_momentum < 1:
+            raise ValueError(f"local.copy_momentum: got {wanted.copy_momentum}, expected at least 0 and less than 1")
+        idle = [name for name in OF_MODULES if getattr(wanted, name) is not None] if chosen.end_to_end else []
+        if idle:
+            raise ValueError(
+                f"local.{idle[0]}: got a value with method={wanted.method}, which has no modules that learn"
+            )
+        if wanted.mixing is not None and not chosen.copies:
+            raise ValueError(f"local.mixing: got {wanted.mixing!r} with copies=0, expected a method with copies")
+        if wanted.span is not None and wanted.modules > 1 and wanted.span > wanted.modules:
+            raise ValueError(f"local.span: got {wanted.span}, expected at most {wanted.modules}, the modules")
         if chosen.contrastive and (self.data.mixup or self.data.cutmix):
             raise ValueError("data.mixup: got mixed images with a contrastive loss, expected data.mixup=0, cutmix=0")
         if self.local.modules > 1 and self.batch_size // (self.runtime.devices * self.accumulate) < 2:
@@ -160,7 +173,7 @@ class LocalSystem(System[LocalConfig]):
         return model
 
     def step(self, config: LocalConfig, model: nn.Module, images: Tensor, targets: Tensor, engine: Engine) -> Tensor:
-        return _net(model).step(images, targets, engine, config.label_smoothing)
+        return _net(model).step(images, targets, engine=engine, smoothing=config.label_smoothing)
 
     def updated(self, model: nn.Module) -> None:
         _net(model).follow()
@@ -174,7 +187,8 @@ class LocalSystem(System[LocalConfig]):
             found["probe_accuracies"] = probe(net, data)
         with FlopCounterMode(display=False) as counter:
             step()
-        return found | {"step_flops": counter.get_total_flops()}
+        # Of one of the parts in which a process takes its share of a batch.
+        return found | {"step_flops": counter.get_total_flops() * config.accumulate}
 
 
 def _net(model: nn.Module) -> LocalNetwork:

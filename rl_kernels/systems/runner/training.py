@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -61,7 +62,13 @@ def train(system: System[Any], config: Config, folder: Path, *, show: bool = Tru
         Stopped: a signal asked for it; everything is written.
         ValueError, FileNotFoundError, ImportError: the config cannot be carried out; before the first step.
     """
-    return _Run(system, config, folder, resumed=False, show=show).go()
+    there = folder.exists()
+    try:
+        return _Run(system, config, folder, resumed=False, show=show).go()
+    finally:
+        if not there:
+            with contextlib.suppress(OSError):  # Not empty: it began.
+                folder.rmdir()
 
 
 def resume(folder: Path, *, show: bool = True) -> dict[str, Any]:
