@@ -20,14 +20,14 @@ C = TypeVar("C", bound=Config)
 class ImageShape(NamedTuple):
     """What a network is built for: images of ``channels`` and ``size`` pixels a side, told apart as ``classes``.
 
-    Pixels from 0 to 1 are standardised by ``mean`` and ``std`` of each channel.
+    Pixels from 0 to 1 are standardised by ``mean`` and ``std`` of each channel; where these are empty they are not.
     """
 
     channels: int
     size: int
     classes: int
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

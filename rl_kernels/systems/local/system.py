@@ -162,7 +162,8 @@ class LocalSystem(System[LocalConfig]):
             head_width=wanted.head_width,
             foreign=wanted.foreign,
         )
-        net.read_pixels(shape.mean, shape.std)
+        if shape.mean:
+            net.read_pixels(shape.mean, shape.std)
         return Built(net, replaced.plan)
 
     def pieces(self, model: nn.Module) -> Sequence[nn.Module]:
