@@ -29,7 +29,11 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("arch", offline.DEVICES)
+# Each takes ptxas minutes; the Blackwell ones are looked at by make test-slow.
+ARCHS = [pytest.param(arch, marks=[pytest.mark.slow] * (arch == "sm_100")) for arch in offline.DEVICES]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kind", NAMES)
 def test_machine_code(kind: str, arch: str) -> None:
     kernels = list(offline.kernels(arch, [op for op in OPS if kind in op]))
