@@ -90,6 +90,14 @@ def one_of(name: str, value: object, expected: Iterable[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")
 
 
+def at_least(name: str, value: object, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least that."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
+
+
 def _checked_init(init: Any, count: int) -> Literal["fit"] | tuple[float, ...] | None:
     if init is None or (isinstance(init, str) and init == "fit"):
         return cast('Literal["fit"] | None', init)

@@ -10,7 +10,7 @@ from torch import nn
 from rl_kernels.conversion.blocks import check_plain, count
 from rl_kernels.conversion.grouping import Granularity
 from rl_kernels.conversion.memory import STATES, Optimizer, buffer_bytes, bytes_of, format_bytes, parse_bytes
-from rl_kernels.conversion.options import Boundaries, Level, Norms, Options, Share, one_of
+from rl_kernels.conversion.options import Boundaries, Level, Norms, Options, Share, at_least, one_of
 from rl_kernels.conversion.plans import Plan
 from rl_kernels.conversion.targets import Target, Targets
 from rl_kernels.conversion.walk import find, siblings, stages, summary, walk
@@ -116,9 +116,9 @@ def plan(
     limit = None if budget is None else parse_bytes("budget", budget)
     if limit is not None and every is not None:
         raise ValueError(f"budget: got {budget!r} with every={every}, expected one of the two")
-    _at_least("every", 4 if every is None else every, 2)
+    at_least("every", 4 if every is None else every, 2)
     if offset is not None:
-        _at_least("offset", offset, 1)
+        at_least("offset", offset, 1)
     one_of("level", level, get_args(Level))
     one_of("optimizer", optimizer, STATES)
     options = Options(cast(Any, init), constraint, granularity, cast(Any, detach), share, norms, window, boundaries)
@@ -186,10 +186,3 @@ def _fitting(planned: Callable[[int], Plan], choices: Iterable[int], limit: int,
         f"budget: got {budget!r}, expected at least {size} ({format_bytes(size)}): what parameters, gradients and the "
         f"state of {made.optimizer} take with every={made.every}"
     )
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
-    if value < least:
-        raise ValueError(f"{name}: got {value}, expected at least {least}")

@@ -194,8 +194,6 @@ def score_of(groups: Sequence[Group]) -> str:
 
 
 HEADINGS = ("", "seeds", "{score} %", "difference", "interval", "parameters", "optimizer", "peak", "ms a step")
-OF_SYSTEMS = {"auxiliary_parameters": "auxiliary", "step_flops": "GFLOP a step"}
-"""Figures that only some systems have, and what they are called in a table."""
 
 
 def table(groups: Sequence[Group], level: float | None = None) -> tuple[list[str], list[list[str]]]:
@@ -221,11 +219,11 @@ def table(groups: Sequence[Group], level: float | None = None) -> tuple[list[str
                 _mebibytes(group.mean("optimizer_bytes")),
                 _mebibytes(group.mean("peak_bytes")),
                 _milliseconds(group.mean("step_seconds")),
-                *(_count(group.mean(each)) if each != "step_flops" else _giga(group.mean(each)) for each in more),
+                *(OF_SYSTEMS[figure][1](group.mean(figure)) for figure in more),
                 *(() if level is None else _reached(group, score, level)),
             ]
         )
-    headings = [heading.format(score=score) for heading in HEADINGS] + [OF_SYSTEMS[each] for each in more]
+    headings = [heading.format(score=score) for heading in HEADINGS] + [OF_SYSTEMS[figure][0] for figure in more]
     return headings + ([] if level is None else [f"epochs to {100 * level:g} %", "seconds"]), rows
 
 
@@ -271,6 +269,10 @@ def _milliseconds(value: float | None) -> str:
 
 def _giga(value: float | None) -> str:
     return "" if value is None else f"{value / 1e9:.2f}"
+
+
+OF_SYSTEMS = {"auxiliary_parameters": ("auxiliary", _count), "step_flops": ("GFLOP a step", _giga)}
+"""Figures that only some systems have: what they are called in a table, and how they stand there."""
 
 
 def _without_places(run: Run) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.library import opcheck
 import rl_kernels as rl
 from rl_kernels import functional
 from rl_kernels import functional as F
-from rl_kernels.backends import registered, streamed
+from rl_kernels.backends import registered
 from rl_kernels.backends.selection import CannotServe
 from rl_kernels.ops import autograd
 from rl_kernels.ops.ways import plain_torch
@@ -25,7 +25,7 @@ from rl_kernels.testing import peak_memory
 from tests.ops.body import Case, cases, check
 from tests.ops.test_gradcheck import CONVOLUTIONS, flat
 from tests.ops.test_memory import CASES, MEBI, bound
-from tests.ops.test_property import KINDS, quiet
+from tests.ops.test_property import KINDS, quiet, small_panels
 
 MIXING = ("reference", "streamed")
 """The backends that have these coefficients."""
@@ -63,9 +63,7 @@ def test_backend(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("elements", [8, 96])
 def test_streamed_in_small_panels(elements: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamed, "WORKSPACE_BYTES", {"cpu": 16 * elements})
-    monkeypatch.setattr(streamed, "_LINEAR_PANEL", {"cpu": elements})
-    monkeypatch.setattr(streamed, "_MIN_RUN", dict.fromkeys(streamed._MIN_RUN, 4 if elements == 8 else 1))
+    small_panels(elements, monkeypatch)
 
     @settings(quiet, max_examples=40)
     @given(case=cases(KINDS[kind], outer=True))

@@ -29,13 +29,17 @@ def test_backend(backend: str, kind: str) -> None:
     body()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("elements", [8, 96])
-def test_streamed_in_small_panels(elements: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_panels(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels of a few elements, so that small cases have many of them in every direction."""
     monkeypatch.setattr(streamed, "WORKSPACE_BYTES", {"cpu": 16 * elements})
     monkeypatch.setattr(streamed, "_LINEAR_PANEL", {"cpu": elements})
     monkeypatch.setattr(streamed, "_MIN_RUN", dict.fromkeys(streamed._MIN_RUN, 4 if elements == 8 else 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("elements", [8, 96])
+def test_streamed_in_small_panels(elements: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_panels(elements, monkeypatch)
 
     @settings(quiet, max_examples=100)
     @given(case=cases(KINDS[kind]))

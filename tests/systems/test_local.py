@@ -579,7 +579,7 @@ def test_frozen_modules_do_not_learn_and_others_do():
         ({"mixing": "max"}, ValueError, "method.mixing: got 'max'"),
         ({"head": "deep"}, ValueError, "method.head: got 'deep'"),
         ({"span": 0}, ValueError, "method.span: got 0, expected at least 1"),
-        ({"span": "2"}, TypeError, "method.span: got '2', expected a whole number"),
+        ({"span": "2"}, TypeError, "method.span: got '2', expected an integer"),
         ({"copies": 1.5}, TypeError, "method.copies: got 1.5"),
         ({"reconstruction": 5}, ValueError, "method.reconstruction: got 5, expected two numbers"),
         ({"recognition": (1,)}, ValueError, r"method.recognition: got \(1,\), expected two numbers"),
@@ -595,7 +595,7 @@ def test_a_method_that_cannot_be_is_refused(options, error, said):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"modules": "4"}, TypeError, "modules: got '4', expected a whole number"),
+        ({"modules": "4"}, TypeError, "modules: got '4', expected an integer"),
         ({"modules": True}, TypeError, "modules: got True"),
         ({"patches": 1.5}, TypeError, "patches: got 1.5"),
         ({"patches": 50}, ValueError, r"method: module 1 returns \(6, 8, 6, 6\), .* cannot take, with patches=50"),

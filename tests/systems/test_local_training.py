@@ -12,7 +12,17 @@ from rl_kernels.systems.local.system import PRESETS
 from rl_kernels.systems.registry import system
 from rl_kernels.systems.runner import folder as files
 from rl_kernels.systems.runner import training
-from tests.systems.test_training import OPTIONS, assert_equal_weights, log, started, wait_for_lines, weights
+from tests.systems.test_training import (
+    OPTIONS,
+    WITHOUT_BATCH_STATISTICS,
+    assert_close_weights,
+    assert_equal_weights,
+    log,
+    started,
+    train_on_two,
+    wait_for_lines,
+    weights,
+)
 
 SYSTEM = system("local")
 SMALL = ("head_width=8", "modules=3")
@@ -28,6 +38,14 @@ def test_one_module_is_the_run_of_a_whole_network(tiny, tmp_path):
     mine = {key.removeprefix("model."): value for key, value in weights(tmp_path / "local").items()}
     assert_equal_weights(mine, weights(tmp_path / "whole"))
     assert log(tmp_path / "local") == log(tmp_path / "whole")
+
+
+def test_the_peak_counts_gradients(tiny, tmp_path):
+    """Of a network that is large beside its images."""
+    small = ("width=16", "batch_size=4", "limit=8", "epochs=1")
+    local = train(tiny("modules=1", *small, of="local"), tmp_path / "local")
+    whole = train(tiny("every=null", *small), tmp_path / "whole", system("replacement"))
+    assert local["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.01)
 
 
 def test_a_run_leaves_its_figures(tiny, folder):
@@ -66,18 +84,10 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny, tmp_path):
 )
 def test_two_processes_are_one(method, tiny, folder):
     """Of a network without batch norm, whose statistics are of a process."""
-    settings = ("model.name=digits_vit", "width=16", "limit=96", "epochs=1", "batch_size=32", "optimizer.name=sgd")
-    settings = (*settings, "accelerator=cpu", "modules=4", f"method={method}", "supervise_first=true")
-    with started(folder / "two", *settings, "devices=2", "threads=1", of="local") as process:
-        said = process.communicate(timeout=280)[1]
-    assert process.returncode == 0, said
+    settings = (*WITHOUT_BATCH_STATISTICS, "modules=4", f"method={method}", "supervise_first=true")
+    train_on_two(folder / "two", *settings, of="local")
     train(tiny(*settings, of="local"), folder / "one")
-    mine, theirs = weights(folder / "one"), weights(folder / "two")
-    for key, value in mine.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            torch.testing.assert_close(
-                theirs[key], value, rtol=1e-4, atol=1e-6, msg=lambda said, key=key: f"{key}: {said}"
-            )
+    assert_close_weights(weights(folder / "one"), weights(folder / "two"))
     two = json.loads((folder / "two" / files.METRICS).read_text())
     assert two["accuracy"] == training.evaluate(folder / "one")["accuracy"]
 

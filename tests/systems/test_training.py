@@ -38,6 +38,14 @@ def assert_equal_weights(left, right):
         assert torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key], key
 
 
+def assert_close_weights(left, right):
+    for key, value in left.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(
+                right[key], value, rtol=1e-4, atol=1e-6, msg=lambda said, key=key: f"{key}: {said}"
+            )
+
+
 def log(folder):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in files.read_log(folder)]
 
@@ -339,21 +347,24 @@ def test_compiled_models_train(tiny, tmp_path, monkeypatch):
     assert right == pytest.approx(left, rel=1e-4)
 
 
+WITHOUT_BATCH_STATISTICS = (
+    *("model.name=digits_vit", "width=16", "limit=96", "epochs=1", "batch_size=32", "optimizer.name=sgd"),
+    "accelerator=cpu",
+)
+
+
+def train_on_two(folder, *settings, of="replacement"):
+    with started(folder, *settings, "devices=2", "threads=1", of=of) as process:
+        said = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, said
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_are_one(strategy, tiny, folder):
     """Of a network without batch norm, whose statistics are of a process."""
-    settings = ("model.name=digits_vit", "width=16", "limit=96", "epochs=1", "batch_size=32", "optimizer.name=sgd")
-    settings = (*settings, "accelerator=cpu")
-    with started(folder / "two", *settings, "devices=2", "threads=1", f"strategy={strategy}") as process:
-        said = process.communicate(timeout=280)[1]
-    assert process.returncode == 0, said
-    expected = train(tiny(*settings), folder / "one")
-    mine, theirs = weights(folder / "one"), weights(folder / "two")
-    for key, value in mine.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            torch.testing.assert_close(
-                theirs[key], value, rtol=1e-4, atol=1e-6, msg=lambda said, key=key: f"{key}: {said}"
-            )
+    train_on_two(folder / "two", *WITHOUT_BATCH_STATISTICS, f"strategy={strategy}")
+    expected = train(tiny(*WITHOUT_BATCH_STATISTICS), folder / "one")
+    assert_close_weights(weights(folder / "one"), weights(folder / "two"))
     figures = json.loads((folder / "two" / files.METRICS).read_text())
     assert figures["accuracy"] == expected["accuracy"] and figures["parameters"] == expected["parameters"]
     assert training.evaluate(folder / "two")["accuracy"] == expected["accuracy"], (

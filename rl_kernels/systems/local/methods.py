@@ -5,22 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rl_kernels.conversion.options import one_of
+from rl_kernels.conversion.options import at_least, one_of
 from rl_kernels.systems.local.auxiliary import MIXINGS, Mixing
 from rl_kernels.systems.local.heads import HEADS, HeadName
-
-
-def whole_number(name: str, value: object, least: int) -> None:
-    """Raise unless ``value`` is an integer of at least that.
-
-    Raises:
-        TypeError: it is none.
-        ValueError: it is less.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected a whole number")
-    if value < least:
-        raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +48,7 @@ class Method:
         one_of("method.head", self.head, HEADS)
         one_of("method.mixing", self.mixing, MIXINGS)
         for name, least in (("span", 1), ("copies", 0)):
-            whole_number(f"method.{name}", getattr(self, name), least)
+            at_least(f"method.{name}", getattr(self, name), least)
         for name, lengths in (("reconstruction", (0, 2)), ("recognition", (2,))):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or len(value) not in lengths:

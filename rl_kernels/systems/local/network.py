@@ -224,9 +224,10 @@ class _Step:
         x = self.images
         for index, part in enumerate(self.parts):
             if self.method.checkpoint and index < self.count - 1:
-                x = checkpoint(part, x, use_reentrant=False, context_fn=partial(_second_time, part))
+                with self.engine.unsynchronised(part, False):
+                    x = checkpoint(part, x, use_reentrant=False, context_fn=partial(_second_time, part))
             else:
-                x = part(x)
+                x = self._called(part, x)
         loss = self._cross_entropy(x)
         self.engine.backward(loss)
         self.found = loss.detach()
@@ -234,8 +235,11 @@ class _Step:
     def _run(self, index: int, x: Tensor, at: int) -> Tensor:
         """Module ``index`` in the step of module ``at``: gradients are averaged in the last step that reaches it."""
         last = min(index + self.span - 1, self.count - 1)
-        with self.engine.unsynchronised(self.parts[index], at < last):
-            return self.parts[index](x)
+        return self._called(self.parts[index], x, waiting=at < last)
+
+    def _called(self, piece: nn.Module, x: Tensor, waiting: bool = False) -> Any:
+        with self.engine.unsynchronised(piece, waiting):
+            return piece(x)
 
     def _alone(self, x: Tensor, index: int, losses: list[Tensor]) -> Tensor:
         output = self._run(index, x, index)
@@ -260,7 +264,7 @@ class _Step:
 
     def _judged(self, judge: nn.Module, output: Tensor, index: int) -> Tensor:
         """The loss of what a module returns."""
-        judged: Judged = judge(output)
+        judged: Judged = self._called(judge, output)
         rebuild, recognise = self.method.weights(index, self.count - 1)
         contrastive = self.method.contrastive
         loss = contrast(judged.scores, self.targets) if contrastive else self._cross_entropy(judged.scores)

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import rl_kernels as rl
-from rl_kernels.conversion.options import one_of
+from rl_kernels.conversion.options import at_least, one_of
 from rl_kernels.nn import ReplacementLayer
 from rl_kernels.systems.local.auxiliary import AuxiliaryNet, Statistics, deeper_units
 from rl_kernels.systems.local.chain import Chain
 from rl_kernels.systems.local.cutting import CUTS, Cost, Cut, costs, cuts
 from rl_kernels.systems.local.heads import Decoder, make_head
-from rl_kernels.systems.local.methods import METHODS, Method, whole_number
+from rl_kernels.systems.local.methods import METHODS, Method
 from rl_kernels.systems.local.network import Judge, LocalNetwork
 
 Foreign = Literal["detach", "refuse"]
@@ -78,7 +78,7 @@ def split(
     ):
         one_of(name, value, known)
     for name, number in (("modules", modules), ("patches", patches), ("head_width", head_width)):
-        whole_number(name, number, 1)
+        at_least(name, number, 1)
     if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
         raise ValueError(f"momentum: got {momentum!r}, expected at least 0 and less than 1")
     if not isinstance(supervise_first, bool):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rl_kernels.conversion.blocks import count
-from rl_kernels.conversion.options import one_of
+from rl_kernels.conversion.options import at_least, one_of
 from rl_kernels.systems.config import Config
 from rl_kernels.systems.contract import Batches, Built, Engine, ImageShape, System
-from rl_kernels.systems.local.methods import METHODS, Method, whole_number
+from rl_kernels.systems.local.methods import METHODS, Method
 from rl_kernels.systems.local.network import LocalNetwork
 from rl_kernels.systems.local.probing import probe
 from rl_kernels.systems.local.splitting import split
@@ -91,7 +91,7 @@ class LocalConfig(Config):
             raise ValueError("runtime.strategy: got 'fsdp2', expected 'auto' or 'ddp': modules are wrapped one by one")
         wanted, chosen = self.local, self.local.chosen()
         for name in ("modules", "patches", "head_width"):
-            whole_number(f"local.{name}", getattr(wanted, name), 1)
+            at_least(f"local.{name}", getattr(wanted, name), 1)
         if not 0 <= wanted.copy_momentum < 1:
             raise ValueError(f"local.copy_momentum: got {wanted.copy_momentum}, expected at least 0 and less than 1")
         idle = [name for name in OF_MODULES if getattr(wanted, name) is not None] if chosen.end_to_end else []

@@ -443,6 +443,7 @@ class _Run:
         test = self.last_scores if "test_accuracy" in self.last_scores else self._scores("test")
         steps = [line["seconds"] for line in files.read_log(self.folder) if line["event"] == "step"]
         of_system = self.system.figures(self.config, self.bare, lambda: self._another_step(fabric), self._images)
+        self.wrapped.zero_grad()  # The peak is that of a step which makes its own.
         return {
             **{key.removeprefix("test_"): value for key, value in test.items()},
             "parameters": self.parameters,
