@@ -1,7 +1,7 @@
 """Replacement layers: drop-in layers whose weights are mixed from their neighbours'.
 
 * ``layer.py``: ``ReplacementLayer``, the base: how a layer refers to its sources, its options, and what a kind of layer
-  has to define.
+  has to define; ``entered.py``: what every call does first.
 * ``coefficients.py``: the learnable coefficients, where they start, and the fit to a given weight.
 * ``linear.py``, ``conv.py``, ``attention.py``, ``norm.py``: one kind of layer each.
 * ``foreign.py``: classes of other libraries that have a replacement, by name.

@@ -13,6 +13,23 @@ from rl_kernels.nn.layer import ReplacementLayer
 from rl_kernels.nn.views import forward_in_parts
 
 
+def padded(x: Tensor, layer: Any) -> tuple[Tensor, str | tuple[int, ...]]:
+    """``x`` as a convolution takes it, and the padding that is left to that; ``layer`` has torch's attributes.
+
+    Padding by zeros is left to it, any other is done here.
+    """
+    if layer.padding_mode == "zeros":
+        return x, layer.padding
+    sides: list[int] = []  # As torch.nn.functional.pad takes them: the last dimension first, before and after.
+    for dim in reversed(range(len(layer.kernel_size))):
+        if layer.padding == "same":
+            total = layer.dilation[dim] * (layer.kernel_size[dim] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [0 if layer.padding == "valid" else int(layer.padding[dim])] * 2
+    return aten.pad(x, sides, mode=layer.padding_mode), (0,) * len(layer.kernel_size)
+
+
 class _ReplacementConv(ReplacementLayer):
     _settings: ClassVar[tuple[str, ...]] = (
         "in_channels",
@@ -48,20 +65,14 @@ class _ReplacementConv(ReplacementLayer):
         weights = self._tensors("weight")
         if weights is None:
             return self._forward_in_parts(x)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x = aten.pad(x, self._sides(), mode=self.padding_mode)
-            padding = (0,) * len(self.kernel_size)
+        x, padding = padded(x, self)
         convolution = (F.mixed_conv1d, F.mixed_conv2d, F.mixed_conv3d)[len(self.kernel_size) - 1]
         biases = self._tensors("bias")
         return convolution(x, weights, self.coefficients, biases, self.stride, padding, self.dilation, self.groups)
 
     def _forward_in_parts(self, x: Tensor) -> Tensor:
         """``forward`` where some sources are repeated."""
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x = aten.pad(x, self._sides(), mode=self.padding_mode)
-            padding = (0,) * len(self.kernel_size)
+        x, padding = padded(x, self)
         convolution: Any = (F.mixed_conv1d, F.mixed_conv2d, F.mixed_conv3d)[len(self.kernel_size) - 1]
 
         def call(x: Tensor, weights: Any, coefficients: Tensor, biases: Any, groups: int) -> Tensor:
@@ -69,17 +80,6 @@ class _ReplacementConv(ReplacementLayer):
 
         dim = x.dim() - len(self.kernel_size) - 1
         return forward_in_parts(call, x, dim, self._in_tiles(), self.groups)
-
-    def _sides(self) -> list[int]:
-        """Padding by side as ``torch.nn.functional.pad`` takes it: the last dimension first, before and after."""
-        sides: list[int] = []
-        for dim in reversed(range(len(self.kernel_size))):
-            if self.padding == "same":
-                total = self.dilation[dim] * (self.kernel_size[dim] - 1)
-                sides += [total // 2, total - total // 2]
-            else:
-                sides += [0 if self.padding == "valid" else int(self.padding[dim])] * 2
-        return sides
 
     def merged(self) -> nn.Module:
         """The plain layer that computes the same."""

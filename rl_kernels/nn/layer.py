@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import wraps
 from types import FunctionType
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from rl_kernels import functional as F
 from rl_kernels.nn import recorded
@@ -24,30 +23,12 @@ from rl_kernels.nn.coefficients import (
     check_granularity,
     initial_coefficients,
 )
+from rl_kernels.nn.entered import entered
 from rl_kernels.nn.standing import Standing, found_again, paths_of
 from rl_kernels.nn.views import Cut, Cuts, Source, SourceView, Tiles, both_as_seen, module_of, shapes_of, view_of
 
 Layer = TypeVar("Layer", bound="ReplacementLayer")
 Plain = TypeVar("Plain", bound=nn.Module)
-
-
-def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` after what every call of a replaced layer does first."""
-
-    @wraps(forward)
-    def entered(self: ReplacementLayer, *args: Any, **kwargs: Any) -> Any:
-        self._look_around()
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(first, fx.Proxy):
-            # torch.fx traces into all layers but torch's own: a replaced one is one node, as a plain one is.
-            tracer: Any = first.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
-        return forward(self, *args, **kwargs)
-
-    # torch.compile counts its graphs by code object: each kind of layer has one.
-    made: Any = entered
-    made.__code__ = made.__code__.replace(co_name=forward.__name__)
-    return entered
 
 
 class ReplacementLayer(nn.Module):
@@ -110,7 +91,7 @@ class ReplacementLayer(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "forward" in vars(cls):
-            cls.forward = _entered(cls.forward)
+            cls.forward = entered(cls.forward)
 
     def __init__(
         self,
