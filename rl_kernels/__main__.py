@@ -44,6 +44,10 @@ COMMANDS = {
         "rl_kernels.commands.systems:compare_command",
         "Compare runs over seeds; or carry out an experiment.",
     ),
+    "few-shot": (
+        "rl_kernels.commands.few_shot:few_shot_command",
+        "Learn tasks of few images, and compare ways to adapt to them.",
+    ),
     "report": (
         "rl_kernels.commands.systems:report_command",
         "Write one HTML page about runs.",

@@ -25,7 +25,7 @@ JOBS = click.option(
 
 
 @contextlib.contextmanager
-def _errors_in_words() -> Iterator[None]:
+def errors_in_words() -> Iterator[None]:
     """Inside, what is wrong with a request becomes a line and an exit status, not a traceback."""
     from rl_kernels.systems.runner.folder import RunError
     from rl_kernels.systems.runner.stopping import Stopped
@@ -65,12 +65,12 @@ def train_command(
     listed: bool,
     jobs: int,
 ) -> None:
-    """Train SYSTEM: replacement or local.
+    """Train SYSTEM: replacement, local or modulation.
 
     Writes run.json, log.jsonl, last.pt, best.pt and metrics.json. A run that is stopped or killed goes on with
     `resume`, and ends as if nothing had happened.
     """
-    with _errors_in_words():
+    with errors_in_words():
         from rl_kernels.systems import config as configs
         from rl_kernels.systems.matrices import run_all
         from rl_kernels.systems.registry import system as system_of
@@ -107,7 +107,7 @@ def train_command(
 @click.argument("folder", type=FOLDER)
 def resume_command(folder: Path) -> None:
     """Go on with the run in FOLDER, or with all runs in it that are not finished."""
-    with _errors_in_words():
+    with errors_in_words():
         from rl_kernels.systems.runner import folder as files
         from rl_kernels.systems.runner.training import resume
 
@@ -129,7 +129,7 @@ def resume_command(folder: Path) -> None:
 @click.option("--data", metavar="NAME|PATH", help="Other images with as many classes.")
 def eval_command(folder: Path, checkpoint: str, data: str | None) -> None:
     """Evaluate a checkpoint of the run in FOLDER on test images."""
-    with _errors_in_words():
+    with errors_in_words():
         from rl_kernels.systems.runner.training import evaluate
 
         for name, value in evaluate(folder, checkpoint=checkpoint, data=data).items():
@@ -161,7 +161,7 @@ def compare_command(
 
     FOLDERS may be records, too, as --json writes them.
     """
-    with _errors_in_words():
+    with errors_in_words():
         from rl_kernels.conversion.options import one_of
         from rl_kernels.systems.comparing import as_record
         from rl_kernels.systems.matrices import MATRICES, carry_out
@@ -192,7 +192,7 @@ def compare_command(
 )
 def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
     """Write one HTML page about the runs in FOLDERS, or in records of `compare --json`, with tables and curves."""
-    with _errors_in_words():
+    with errors_in_words():
         from rl_kernels.systems.report import NAME, write_report
 
         path = output or (folders[0].parent if folders[0].is_file() else folders[0]) / NAME

@@ -1,7 +1,8 @@
 """Systems of papers, trained on real data by ``python -m rl_kernels train`` (docs/systems.md).
 
 * ``config.py``: what a run is told; ``contract.py``: what a system is; ``registry.py``: which there are.
-* ``replacement.py``: Replacement Learning and its controls.
+* ``replacement.py``: Replacement Learning and its controls. ``local/``: supervised local learning. ``modulation/``:
+  Kernel Modulation.
 * ``networks.py``: networks by name; ``models.py``: the small ones; ``data/``: images to train on.
 * ``runner/``: the loop, checkpoints, records. ``matrices.py``: experiments. ``comparing.py``, ``report.py``: results.
 * ``digits.py``: the demo's own short training, which needs none of these packages.

@@ -255,6 +255,10 @@ def _interval(against: Difference) -> str:
     return f"{100 * against.low:+.2f} .. {100 * against.high:+.2f}"
 
 
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
 def _count(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
@@ -271,7 +275,12 @@ def _giga(value: float | None) -> str:
     return "" if value is None else f"{value / 1e9:.2f}"
 
 
-OF_SYSTEMS = {"auxiliary_parameters": ("auxiliary", _count), "step_flops": ("GFLOP a step", _giga)}
+OF_SYSTEMS = {
+    "auxiliary_parameters": ("auxiliary", _count),
+    "step_flops": ("GFLOP a step", _giga),
+    "task_parameters": ("of the task", _count),
+    "task_share": ("share %", _percent),
+}
 """Figures that only some systems have: what they are called in a table, and how they stand there."""
 
 

@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,8 +32,9 @@ class Matrix:
         preset: of it, which all variants have.
         seeds: of each variant, from 0.
         variants: label to settings, ``key=value``; the first is what the others are compared with. ``{label}`` stands
-            for the folder of the run of that variant with the same seed, which is then trained before.
+            for the folder of the run of that variant, or base, with the same seed, which is then trained before.
         shared: settings of all.
+        bases: as variants, of runs that variants begin with and that are not compared, as on other data.
     """
 
     question: str
@@ -42,6 +43,7 @@ class Matrix:
     seeds: int
     variants: Mapping[str, Sequence[str]]
     shared: Sequence[str] = ()
+    bases: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 ONE_THREAD = ("runtime.accelerator=cpu", "runtime.threads=1")
@@ -142,6 +144,47 @@ MATRICES = {
 }
 
 
+def _transfer(question: str, *target: str) -> Matrix:
+    """A network of the drawn animals learns another set, by parts of it or as a whole."""
+    on_base = {
+        "full": ("kind=full",),
+        "probe": ("kind=none", "norms=frozen"),
+        "norms": ("kind=none",),
+        "last-stage": ("kind=none", "unfrozen=[blocks.6,blocks.7,blocks.8]"),
+        "channel": ("kind=channel",),
+        "outer-1": ("rank=1",),
+        "outer": (),
+        "mixout": ("kind=mixout", "rank=4"),
+        "gate": ("kind=gate",),
+        "lora-1": ("kind=lora", "rank=1"),
+        "lora": ("kind=lora",),
+    }
+    # As ordinary training has them: all the network's weights decay.
+    base = ("kind=full", "data.name=animals", "weight_decay=0.05", "batch_size=128", "epochs=10")
+    return Matrix(
+        question,
+        "modulation",
+        "mnist5k",
+        3,
+        {
+            **{label: ("weights={base}", *target, *settings) for label, settings in on_base.items()},
+            "full-at-random": ("kind=full", *target),
+        },
+        (*ONE_THREAD, "model.width=8"),
+        {"base": base},
+    )
+
+
+MATRICES |= {
+    "transfer": _transfer(
+        "A trained net, frozen, learns 1,000 digits: what do modulators reach, beside other ways to adapt it?",
+        "limit=1000",
+        "epochs=10",
+    ),
+    "transfer-100": _transfer("The same with 100 digits.", "limit=100", "batch_size=20", "epochs=20"),
+}
+
+
 def carry_out(
     matrix: Matrix, out: Path, jobs: int, *, epochs: int | None = None, seeds: int | None = None
 ) -> list[Path]:
@@ -161,11 +204,11 @@ def carry_out(
     more = () if epochs is None else (f"epochs={epochs}",)
     # First those that others begin with.
     waves: tuple[dict[Path, Config], dict[Path, Config]] = ({}, {})
-    for label, settings in matrix.variants.items():
+    for label, settings in {**matrix.bases, **matrix.variants}.items():
         for seed in range(matrix.seeds if seeds is None else seeds):
             folder = f"seed-{seed}"
             filled = list(settings)
-            for other in matrix.variants:
+            for other in (*matrix.bases, *matrix.variants):
                 filled = [each.replace(f"{{{other}}}", str((out / other / folder).resolve())) for each in filled]
             told = (*matrix.shared, *filled, *more, f"seed={seed}")
             config = configs.resolve(chosen.config, chosen.presets, matrix.preset, None, told)

@@ -83,8 +83,13 @@ def build(name: str, shape: ImageShape, width: int | None = None) -> nn.Module:
     return timm.create_model(short, num_classes=shape.classes, in_chans=shape.channels, **options)
 
 
-def make(wanted: Model, shape: ImageShape) -> nn.Module:
+def make(wanted: Model, shape: ImageShape, fresh: Callable[[nn.Module], str] | None = None) -> nn.Module:
     """Build a run's network: at random, or with the weights that its config names.
+
+    Args:
+        wanted: the network.
+        shape: of its images.
+        fresh: returns the path of a layer that stays at random, as the classifier where these are other classes.
 
     Raises:
         ValueError: as of :func:`build`; or weights of another network.
@@ -95,8 +100,13 @@ def make(wanted: Model, shape: ImageShape) -> nn.Module:
         return model
     path = Path(wanted.weights)
     content = read_checkpoint(path / LAST if path.is_dir() else path)
+    state = dict(content.get("model", content))
+    if fresh is not None:
+        kept = fresh(model)
+        own = {f"{kept}.{name}": value for name, value in model.get_submodule(kept).state_dict().items()}
+        state = {name: value for name, value in state.items() if not name.startswith(f"{kept}.")} | own
     try:
-        model.load_state_dict(content.get("model", content))
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"model.weights: {path} does not fit {wanted.name}: {error}") from error
     return model
