@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Layout = Literal["NCHW", "channels_last"]
 
-GROUPS = ("linear", "conv", "attention", "block", "model")
+GROUPS = ("linear", "conv", "attention", "block", "model", "modulated")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -171,6 +171,24 @@ class BlockCase(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModulatedCase(Case):
+    """A layer on a frozen weight that is modulated by a factor of low rank: ``W * (1 + left^T right)``, elementwise."""
+
+    layer: LinearCase | ConvCase
+    rank: int
+
+    @property
+    def flops(self) -> int | None:
+        """Of the layer's product."""
+        return self.layer.flops
+
+    @property
+    def elements(self) -> tuple[int, int, int] | None:
+        """The layer's."""
+        return self.layer.elements
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCase(Case):
     """A training step of a whole model on images ``(batch, 3, 32, 32)``; a block in ``every`` is replaced."""
 
@@ -228,6 +246,21 @@ def _conv(
     ]
 
 
+def _modulated(layers: Iterable[LinearCase | ConvCase], ranks: Sequence[int], quick: int) -> list[ModulatedCase]:
+    """Each layer with each rank; ``quick`` is the rank of the quick ones."""
+    return [
+        ModulatedCase(
+            name=f"{layer.name}, rank {rank}",
+            group="modulated",
+            layer=layer,
+            rank=rank,
+            quick=layer.quick and rank == quick,
+        )
+        for layer in layers
+        for rank in ranks
+    ]
+
+
 CASES: tuple[Case, ...] = (
     _linear(8, 8, 8, " (overhead)", quick=True),
     _linear(1, 768, 768, quick=True),
@@ -267,6 +300,9 @@ CASES: tuple[Case, ...] = (
     ),
     ModelCase(name="ResNet-32 32x32 b128", group="model", model="ResNet-32", optimizer="sgd", batch=128, quick=True),
     ModelCase(name="ViT-Ti 65 tokens b32", group="model", model="ViT-Ti", optimizer="adamw", batch=32, quick=True),
+    *_modulated((_linear(m, 1024, 1024, quick=m == 64) for m in (1, 64, 512, 2048)), (1, 4, 16), quick=4),
+    *_modulated(_conv("", 64, 64, 56, 3, 8), (4,), quick=4),
+    *_modulated(_conv("", 256, 256, 14, 3, 8), (1, 4, 16), quick=4),
 )
 
 
@@ -294,6 +330,8 @@ GPU_CASES: tuple[Case, ...] = (
     *_conv("depthwise", 256, 256, 14, 7, 64, groups=256),
     _linear(8, 8, 8, " (overhead)", quick=True),
     *(case for case in CASES if case.group in ("attention", "block", "model")),
+    *_modulated((_linear(m, 4096, 4096, quick=m == 4096) for m in (16, 512, 4096)), (1, 4, 16), quick=4),
+    *_modulated(_conv("", 256, 256, 14, 3, 64), (4,), quick=4),
 )
 
 
@@ -301,4 +339,10 @@ def select(groups: Iterable[str], dtypes: Sequence[str], quick: bool = False, de
     """The cases of ``groups`` for a device, in each of ``dtypes``; with ``quick`` the quick ones."""
     cases = GPU_CASES if device == "cuda" else CASES
     chosen = [case for case in cases if case.group in set(groups) and (case.quick or not quick)]
-    return [dataclasses.replace(case, dtype=dtype) for case in chosen for dtype in dtypes]
+    return [_of_dtype(case, dtype) for case in chosen for dtype in dtypes]
+
+
+def _of_dtype(case: Case, dtype: str) -> Case:
+    if isinstance(case, ModulatedCase):
+        case = dataclasses.replace(case, layer=dataclasses.replace(case.layer, dtype=dtype))
+    return dataclasses.replace(case, dtype=dtype)

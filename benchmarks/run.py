@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import models
-from benchmarks.cases import DTYPES, GROUPS, Case, ModelCase, select
+from benchmarks import models, modulated
+from benchmarks.cases import DTYPES, GROUPS, Case, ModelCase, ModulatedCase, select
 from benchmarks.contenders import BOTH, FORWARD, STEP, Contender, Wrong, enter, true_results
 from benchmarks.measure import Settings, extra_memory, ratios, summary, time_interleaved
 from benchmarks.problems import build
@@ -138,6 +138,9 @@ def _entrants(
         yield models.WHOLE, partial(models.contender, case, device, None)
         for backend in backends:
             yield name_of(backend), partial(models.contender, case, device, backend)
+        return
+    if isinstance(case, ModulatedCase):
+        yield from modulated.entrants(case, mode, rivals, backends, device)
         return
     problem = build(case, device)
     truth = true_results(problem, mode)

@@ -29,7 +29,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_small_picture_a_group(drawn: Path) -> None:
     pictures = pictures_of(Record.load(drawn))
-    assert pictures == ["linear", "conv-NCHW", "conv-channels_last", "blocks", "model"]
+    assert pictures == ["linear", "conv-NCHW", "conv-channels_last", "blocks", "model", "modulated"]
     for picture in pictures:
         content = picture_path(drawn, picture).read_bytes()
         assert content.startswith(b"\x89PNG") and 5_000 < len(content) < 150_000
