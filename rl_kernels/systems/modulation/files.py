@@ -16,6 +16,7 @@ from rl_kernels.systems.modulation.modulating import (
     NORMS,
     Options,
     attach,
+    check_model,
     check_name,
     layers_of,
     make_parts,
@@ -114,6 +115,7 @@ def load_task(model: nn.Module, path: str | Path, task: str | None = None) -> st
         ValueError: no such file, one of another base, or with other tensors than it says; the model is as it was.
         ImportError: safetensors is not installed.
     """
+    check_model(model)
     about, state = _read(Path(path))
     options = _options(Path(path), about)
     name = about["task"] if task is None else task

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_kernels.conversion.options import at_least, one_of
+from rl_kernels.nn import ReplacementLayer
 from rl_kernels.systems.modulation.modulators import CONVOLUTIONS, KINDS, LAYERS, Kind, is_convolution
 from rl_kernels.systems.modulation.switched import Own, Switched
 
@@ -131,7 +132,7 @@ def set_task(model: nn.Module, task: str | None) -> None:
         ValueError: there is no such task.
     """
     if task is not None:
-        one_of("task", task, tasks_of(model))
+        _known(model, task)
     for layer in switched(model).values():
         layer.chosen = task
 
@@ -147,7 +148,7 @@ def options_of(model: nn.Module, task: str) -> Options:
     Raises:
         ValueError: there is no such task.
     """
-    one_of("task", task, tasks_of(model))
+    _known(model, task)
     return _options_of(model)[task]
 
 
@@ -157,7 +158,7 @@ def parts_of(model: nn.Module, task: str) -> dict[str, nn.Module]:
     Raises:
         ValueError: there is no such task.
     """
-    one_of("task", task, tasks_of(model))
+    _known(model, task)
     return {path: layer.tasks[task] for path, layer in switched(model).items() if task in layer.tasks}
 
 
@@ -188,8 +189,8 @@ def run_tasks(model: nn.Module, x: Tensor, tasks: Sequence[str | None]) -> Tenso
     """
     if len(tasks) != len(x):
         raise ValueError(f"tasks: got {len(tasks)} names for {len(x)} samples, expected one each")
-    for task in set(tasks) - {None}:
-        one_of("task", task, tasks_of(model))
+    for name in {each for each in tasks if each is not None}:
+        _known(model, name)
     if not tasks:
         return cast(Tensor, model(x))
     before = {layer: layer.chosen for layer in switched(model).values()}
@@ -218,7 +219,7 @@ def merge_task(model: nn.Module, task: str | None) -> nn.Module:
         ValueError: there is no such task.
     """
     if task is not None:
-        one_of("task", task, tasks_of(model))
+        _known(model, task)
     # Without the tasks' parts, which may be many.
     known = {id(layer): layer for layer in switched(model).values()}
     plain: dict[int, Any] = {}
@@ -275,6 +276,27 @@ def _switch(model: nn.Module, paths: Collection[str]) -> None:
 # What is refused.
 
 
+def _known(model: nn.Module, task: str) -> None:
+    if not tasks_of(model):
+        raise ValueError(f"task: got {task!r}, but the model has no task: give it one by modulate or load_task")
+    one_of("task", task, tasks_of(model))
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise unless the model can be the base of tasks."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model: got one that torch.compile made, expected the model inside it: compile afterwards")
+    if isinstance(model, (*LAYERS, *NORMS)):
+        raise ValueError(f"model: got a single {type(model).__name__}, expected a model around it")
+    for path, module in model.named_modules():
+        if isinstance(module, ReplacementLayer):
+            raise ValueError(
+                f"model: {path!r} runs on the weights of others, expected plain layers: call rl.merge first"
+            )
+
+
 def check_name(model: nn.Module, task: str) -> None:
     """Raise unless a new task of the model can have this name."""
     if not isinstance(task, str):
@@ -294,12 +316,7 @@ def _checked(
     head: Any,
     classifier: Any,
 ) -> Options:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("model: got one that torch.compile made, expected the model inside it: compile afterwards")
-    if isinstance(model, (*LAYERS, *NORMS)):
-        raise ValueError(f"model: got a single {type(model).__name__}, expected a model around it")
+    check_model(model)
     if kind is not None:
         one_of("kind", kind, KINDS)
     at_least("rank", rank, 1)
