@@ -206,7 +206,7 @@ class SteadyWeights(nn.Module):
 
     The kernel is ``t W + (2 - t) E``, t learned from 1 on, mixed while it is multiplied (:func:`mixed_conv2d`);
     ``E <- m E + (1 - m) W`` in :meth:`follow`, after every update. This is how the group's MAN++ mixes a block with an
-    average, applied to a kernel.
+    average, applied to a kernel. While both are equal, before the first update, t has a gradient of zero.
 
     Args:
         channels: of input and output.
