@@ -221,8 +221,7 @@ def test_a_detector_learns_eight_images_by_heart():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS[1:])
-@pytest.mark.parametrize("box", ["mean", "penalties", "adaptive"])
+@pytest.mark.parametrize(("box", "options"), list(zip(("mean", "penalties", "adaptive"), OPTIONS[1:], strict=True)))
 def test_every_option_learns_them(box, options):
-    overlaps, _ = learn(120, box, **options)
+    overlaps, _ = learn(160, box, **options)
     assert overlaps.mean() > 0.9 and overlaps.min() > 0.8, overlaps
