@@ -84,7 +84,7 @@ class Options:
         return tuple(j for j, distance in enumerate(distances) if distance in left_out)
 
 
-def one_of(name: str, value: object, expected: Iterable[str]) -> None:
+def one_of(name: str, value: object, expected: Iterable[object]) -> None:
     """Raise unless ``value`` is one of the ``expected``."""
     if value not in tuple(expected):
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")
