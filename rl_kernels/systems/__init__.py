@@ -1,6 +1,7 @@
 """Systems of papers, trained on real data by ``python -m rl_kernels train`` (docs/systems.md).
 
 * ``config.py``: what a run is told; ``contract.py``: what a system is; ``registry.py``: which there are.
+* ``classification.py``: how images of one class each are read and scored.
 * ``replacement.py``: Replacement Learning and its controls. ``local/``: supervised local learning. ``modulation/``:
   Kernel Modulation. ``detection/``: a detector, without its training yet.
 * ``networks.py``: networks by name; ``models.py``: the small ones; ``data/``: images to train on.

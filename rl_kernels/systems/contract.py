@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_kernels.conversion import Plan
-from rl_kernels.systems.config import Config
+from rl_kernels.systems.config import Config, Data
 
 C = TypeVar("C", bound=Config)
 
@@ -47,6 +48,76 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 """Images, standardised and on the device of the run, with their labels."""
 
 
+class DataSet(Protocol):
+    """What is trained on and what is not.
+
+    Attributes:
+        name: as the registry has it, or a folder's name.
+        classes: their names, in the labels' order.
+        train: images with labels, of a type of the reading's.
+        test: the same.
+        sha256: of everything in it, as hexadecimal text.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Any
+    test: Any
+    sha256: str
+
+
+class Reader(Protocol):
+    """Batches of images on the device of a run, for who scores a model.
+
+    Attributes:
+        device: there.
+        shape: of the images.
+    """
+
+    device: torch.device
+    shape: ImageShape
+
+    def share(self, pictures: Any) -> Batches:
+        """This process's share of all images."""
+
+
+class Reading(ABC):
+    """How the images of a system are read, and how a model is scored on them.
+
+    Pictures are torch data sets whose ``__getitems__`` takes ``(index, seed)`` each and gives a ``loading.Batch``; what
+    is drawn for an image follows from both numbers.
+
+    Attributes:
+        score: the figure by which the best epoch is chosen; more is better.
+    """
+
+    score: str
+
+    @abstractmethod
+    def load(self, data: Data) -> Any:
+        """Read a :class:`DataSet`.
+
+        Raises:
+            FileNotFoundError, ValueError, ImportError: it cannot be had; the message says how it can.
+        """
+
+    @abstractmethod
+    def split(self, config: Any, data: Any) -> tuple[Any, Any]:
+        """Return the images of the set that are trained on, and those held out, or None."""
+
+    @abstractmethod
+    def shape(self, config: Any, data: Any, trained: Any) -> ImageShape:
+        """Return what the network is built for."""
+
+    @abstractmethod
+    def pictures(self, config: Any, images: Any, shape: ImageShape, training: bool) -> Any:
+        """Return pictures of the images, augmented if they are trained on."""
+
+    @abstractmethod
+    def evaluate(self, reader: Reader, model: nn.Module, pictures: Any) -> dict[str, float]:
+        """Return figures of a model by name, ``score`` among them, over all processes; the model is left in eval."""
+
+
 class Engine(Protocol):
     """What differentiates the losses of a step, in whatever precision and over however many processes."""
 
@@ -74,9 +145,11 @@ class System(ABC, Generic[C]):
         name: on the command line.
         config: the class of its config.
         presets: names of configs, and the values in which each differs from the defaults, nested.
+        reading: how its images are read.
     """
 
     name: str
+    reading: Reading
     config: type[C]
     presets: Mapping[str, Mapping[str, Any]]
 
@@ -103,7 +176,8 @@ class System(ABC, Generic[C]):
             config: the run's.
             model: what :meth:`wrap` returned, in training mode.
             images: ``(B, channels, size, size)``.
-            targets: int64 ``(B,)``, or probabilities ``(B, classes)`` of mixed images, already smoothed.
+            targets: labels as the system's reading has them; of classes int64 ``(B,)``, or probabilities
+                ``(B, classes)`` of mixed images, already smoothed.
             engine: what differentiates.
         """
         smoothing = config.label_smoothing if targets.ndim == 1 else 0.0

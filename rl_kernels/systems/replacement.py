@@ -20,6 +20,7 @@ import rl_kernels as rl
 from rl_kernels.conversion.blocks import count
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.systems import networks
+from rl_kernels.systems.classification import Classification
 from rl_kernels.systems.config import Config, Model
 from rl_kernels.systems.contract import Built, ImageShape, System
 from rl_kernels.systems.schedules import CIFAR, IMAGENET, IMAGENET_DATA
@@ -154,6 +155,7 @@ class ReplacementSystem(System[ReplacementConfig]):
     """Replacement Learning: what the config's ``replacement`` says, and training as of any network."""
 
     name = "replacement"
+    reading = Classification()
     config = ReplacementConfig
     presets = PRESETS
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rl_kernels.conversion.blocks import count
 from rl_kernels.conversion.options import at_least, one_of
+from rl_kernels.systems.classification import Classification
 from rl_kernels.systems.config import Config
 from rl_kernels.systems.contract import Batches, Built, Engine, ImageShape, System
 from rl_kernels.systems.local.methods import METHODS, Method
@@ -143,6 +144,7 @@ class LocalSystem(System[LocalConfig]):
     """Local learning: the config's ``local`` cuts the network, and each module learns for itself."""
 
     name = "local"
+    reading = Classification()
     config = LocalConfig
     presets = PRESETS
 

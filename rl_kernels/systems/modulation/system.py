@@ -11,6 +11,7 @@ from torch import nn
 from rl_kernels.conversion.blocks import count
 from rl_kernels.conversion.options import at_least
 from rl_kernels.systems import networks
+from rl_kernels.systems.classification import Classification
 from rl_kernels.systems.config import Config
 from rl_kernels.systems.contract import Batches, Built, ImageShape, System
 from rl_kernels.systems.modulation.files import task_state_dict
@@ -89,6 +90,7 @@ class ModulationSystem(System[ModulationConfig]):
     """Kernel Modulation: the network of ``model.weights``, frozen, learns a task by what ``modulation`` allows."""
 
     name = "modulation"
+    reading = Classification()
     config = ModulationConfig
     presets = PRESETS
 

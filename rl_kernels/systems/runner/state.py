@@ -20,7 +20,7 @@ class Progress:
         evaluated: epochs whose end has been evaluated.
         loss_sum: of the steps of the epoch that is under way.
         seconds: of training and evaluation, in all processes' lives together.
-        best: the best accuracy of an epoch so far; -1 before the first.
+        best: the best score of an epoch so far; -1 before the first.
     """
 
     step: int = 0

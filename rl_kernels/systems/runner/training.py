@@ -22,13 +22,12 @@ from rl_kernels.conversion.zoo import import_timm, import_torchvision
 from rl_kernels.nn.coefficients import Coefficients
 from rl_kernels.systems import config as configs
 from rl_kernels.systems.config import Config
-from rl_kernels.systems.contract import Batches, Built, ImageShape, System
-from rl_kernels.systems.data import loading, sets
+from rl_kernels.systems.contract import Batches, Built, DataSet, ImageShape, System
+from rl_kernels.systems.data import loading
 from rl_kernels.systems.digits import optimizer_bytes
 from rl_kernels.systems.registry import system as system_of
 from rl_kernels.systems.runner import folder as files
 from rl_kernels.systems.runner.engine import FabricEngine
-from rl_kernels.systems.runner.evaluating import Reader
 from rl_kernels.systems.runner.folder import RunError
 from rl_kernels.systems.runner.optimizing import (
     make_mixing,
@@ -36,6 +35,7 @@ from rl_kernels.systems.runner.optimizing import (
     make_schedule,
     seed_all,
 )
+from rl_kernels.systems.runner.reader import FabricReader
 from rl_kernels.systems.runner.record import Record, cut_log
 from rl_kernels.systems.runner.state import FORMAT, Progress, load_state, save_state
 from rl_kernels.systems.runner.stopping import Listening, Stopped
@@ -107,7 +107,7 @@ def evaluate(folder: Path, *, checkpoint: str = "last", data: str | None = None)
         data: another data set's name or folder, with as many classes; None for the run's own.
 
     Returns:
-        ``loss``, ``accuracy``, ``images`` and the checkpoint's ``epoch``; those of the average weights, too.
+        What the system's reading scores, ``images`` and the checkpoint's ``epoch``; those of average weights, too.
     """
     system, config = read_run(folder)
     run = _Run(system, config, folder, resumed=True, show=False)
@@ -123,12 +123,13 @@ class _Run:
     def __init__(self, system: System[Any], config: Config, folder: Path, *, resumed: bool, show: bool) -> None:
         import_torchvision()  # Before Fabric, which imports it where torchmetrics is installed.
         self.system, self.config, self.folder, self.resumed, self.show = system, config, folder, resumed, show
+        self.reading = system.reading
         self.listening = Listening()
         self.last_scores: dict[str, float] = {}
 
     def go(self) -> dict[str, Any]:
         config = self.config
-        data = sets.load(config.data.name, config.data.root, config.data.download)
+        data = self.reading.load(config.data)
         if not self.resumed and not launched_by_another():
             files.make_folder(self.folder)
         fabric = self._fabric()
@@ -153,14 +154,14 @@ class _Run:
 
     def evaluate_only(self, content: dict[str, Any], name: str | None) -> dict[str, Any]:
         config = self.config
-        data = sets.load(name or config.data.name, config.data.root, config.data.download)
-        own = data if name is None else sets.load(config.data.name, config.data.root, config.data.download)
+        own = self.reading.load(config.data)
+        data = own if name is None else self.reading.load(dataclasses.replace(config.data, name=name))
         shape = self._prepare_data(own)
         if len(data.classes) != shape.classes:
             raise ValueError(f"data: got {len(data.classes)} classes of {data.name}, expected {shape.classes}")
-        self.tests = loading.pictures(config.data, data.test, shape.size, shape.channels, training=False)
+        self.tests = self.reading.pictures(config, data.test, shape, False)
         fabric = self._fabric(alone=True)
-        self.reader = Reader(fabric, config, shape)
+        self.reader = FabricReader(fabric, config, shape)
         built = self._build(shape, begun=True)
         self.sharded, self.averaged = False, None
         self.bare = built.model
@@ -168,11 +169,11 @@ class _Run:
             self.averaged = self._ema(built.model, config.ema)
         self.model = self._wrapped(fabric)
         load_state(content, self.bare, None, self._average(), False)
-        figures = self.reader.evaluate(self.model, self.tests)
+        figures = self._evaluated(self.model, self.tests)
         found = {"epoch": content["progress"]["evaluated"], "images": len(self.tests), **figures}
         average = self._average()
         if average is not None:
-            found |= {f"{key}_ema": value for key, value in self.reader.evaluate(average, self.tests).items()}
+            found |= {f"{key}_ema": value for key, value in self._evaluated(average, self.tests).items()}
         return found
 
     def read_checkpoint(self, path: Path) -> dict[str, Any] | None:
@@ -224,23 +225,19 @@ class _Run:
             return model
         return rl.distributed.shard(model, self.built.plan, mesh=mesh["data_parallel"])
 
-    def _prepare_data(self, data: sets.ImageSet) -> ImageShape:
-        config = self.config
-        size = config.data.size or data.size or 224
-        trained, held = sets.limited(data, config.data.limit).train, None
-        if config.data.validation:
-            trained, held = sets.hold_out(trained, config.data.validation, config.seed)
+    def _prepare_data(self, data: DataSet) -> ImageShape:
+        config, reading = self.config, self.reading
+        trained, held = reading.split(config, data)
         if len(trained) < config.batch_size:
             raise ValueError(
                 f"batch_size: got {config.batch_size}, expected at most {len(trained)}, the number of training images"
             )
-        mean, std = loading.statistics_of(trained, data.channels)
-        make = lambda images, training: loading.pictures(config.data, images, size, data.channels, training)  # noqa: E731
-        self.training, self.unaugmented, self.tests = make(trained, True), make(trained, False), make(data.test, False)
-        self.validation = None if held is None else make(held, False)
+        shape = self.shape = reading.shape(config, data, trained)
+        self.training, self.unaugmented = (reading.pictures(config, trained, shape, each) for each in (True, False))
+        self.tests = reading.pictures(config, data.test, shape, False)
+        self.validation = None if held is None else reading.pictures(config, held, shape, False)
         self.steps = len(trained) // config.batch_size
-        self.shape = ImageShape(data.channels, size, len(data.classes), tuple(mean.tolist()), tuple(std.tolist()))
-        return self.shape
+        return shape
 
     def _build(self, shape: ImageShape, begun: bool) -> Built:
         """The model; of a run that has a checkpoint without the weights that it began with, which may be gone."""
@@ -252,7 +249,7 @@ class _Run:
 
     def _prepare_model(self, fabric: Fabric, shape: ImageShape, begun: bool) -> None:
         config, runtime = self.config, self.config.runtime
-        self.reader = Reader(fabric, config, shape)
+        self.reader = FabricReader(fabric, config, shape)
         self.sharded = runtime.strategy == "fsdp2"
         if self.sharded and config.ema is not None:
             raise ValueError(f"ema: got {config.ema} with runtime.strategy='fsdp2', expected null")
@@ -342,9 +339,9 @@ class _Run:
         progress.seconds = before + time.perf_counter() - started
         record.epoch({**line, **scores, "seconds": progress.seconds})
         progress.evaluated, progress.loss_sum = epoch + 1, 0.0
-        accuracy = next(value for key, value in scores.items() if key.endswith("accuracy"))
-        better = accuracy > progress.best
-        progress.best = max(progress.best, accuracy)
+        score = next(value for key, value in scores.items() if key.endswith(f"_{self.reading.score}"))
+        better = score > progress.best
+        progress.best = max(progress.best, score)
         content = self._checkpoint(progress)
         if fabric.is_global_zero:
             if better:
@@ -353,15 +350,18 @@ class _Run:
         self._stop_if_asked(fabric, progress, written=True)
 
     def _scores(self, of: str | None = None) -> dict[str, float]:
-        """Loss and accuracy, of the average weights as well, on images by which the best epoch is chosen, or ``of``."""
+        """Figures, of the average weights as well, on images by which the best epoch is chosen, or ``of``."""
         kind = of or ("test" if self.validation is None else "validation")
         scored = self.validation if kind == "validation" and self.validation is not None else self.tests
-        scores = {f"{kind}_{key}": value for key, value in self.reader.evaluate(self.model, scored).items()}
+        scores = {f"{kind}_{key}": value for key, value in self._evaluated(self.model, scored).items()}
         average = self._average()
         if average is not None:
-            of_average = self.reader.evaluate(average, scored)
+            of_average = self._evaluated(average, scored)
             scores |= {f"{kind}_{key}_ema": value for key, value in of_average.items()}
         return scores
+
+    def _evaluated(self, model: nn.Module, pictures: Any) -> dict[str, float]:
+        return self.reading.evaluate(self.reader, model, pictures)
 
     def _update(self, fabric: Fabric, progress: Progress, record: Record, batch: loading.Batch) -> None:
         config = self.config
@@ -440,7 +440,7 @@ class _Run:
 
     def _metrics(self, fabric: Fabric, progress: Progress) -> dict[str, Any]:
         """The final figures: of the last epoch, on test images, which nothing was chosen by."""
-        test = self.last_scores if "test_accuracy" in self.last_scores else self._scores("test")
+        test = self.last_scores if f"test_{self.reading.score}" in self.last_scores else self._scores("test")
         steps = [line["seconds"] for line in files.read_log(self.folder) if line["event"] == "step"]
         of_system = self.system.figures(self.config, self.bare, lambda: self._another_step(fabric), self._images)
         self.wrapped.zero_grad()  # The peak is that of a step which makes its own.
