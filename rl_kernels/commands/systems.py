@@ -65,7 +65,7 @@ def train_command(
     listed: bool,
     jobs: int,
 ) -> None:
-    """Train SYSTEM: replacement, local or modulation.
+    """Train SYSTEM: replacement, local, modulation or detection.
 
     Writes run.json, log.jsonl, last.pt, best.pt and metrics.json. A run that is stopped or killed goes on with
     `resume`, and ends as if nothing had happened.

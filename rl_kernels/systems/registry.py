@@ -11,6 +11,7 @@ from rl_kernels.systems.contract import System
 SYSTEMS = {
     "replacement": "rl_kernels.systems.replacement",
     "local": "rl_kernels.systems.local.system",
+    "detection": "rl_kernels.systems.detection.system",
     "modulation": "rl_kernels.systems.modulation.system",
 }
 """Name to module; each module has a ``SYSTEM``."""

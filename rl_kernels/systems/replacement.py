@@ -172,7 +172,7 @@ def build_replaced(network: Model, wanted: Replacement, shape: ImageShape) -> Bu
     model = networks.make(network, shape)
     if wanted.every is None:
         return Built(model)
-    made = _plan(wanted, model)
+    made = plan_of(wanted, model)
     if wanted.control == "none":
         return Built(rl.replace(model, made), made)
     if wanted.control == "tied":
@@ -193,7 +193,8 @@ def build_replaced(network: Model, wanted: Replacement, shape: ImageShape) -> Bu
     return Built(model)
 
 
-def _plan(wanted: Replacement, model: nn.Module) -> rl.Plan:
+def plan_of(wanted: Replacement, model: nn.Module) -> rl.Plan:
+    """What ``rl_kernels.plan`` makes of a model by these options."""
     return rl.plan(
         model,
         every=wanted.every,

@@ -121,13 +121,14 @@ def _curves(groups: Sequence[Group]) -> str:
     from matplotlib.figure import Figure
 
     lines = [line for group in groups for run in group.runs for line in run.epochs]
-    scored = next((key for key in lines[-1] if key.endswith("accuracy")), None)
+    score = comparing.score_of(groups)
+    scored = next((key for key in lines[-1] if key.endswith(f"_{score}")), None)
     wanted: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
         ("training loss", "log", lambda line: line.get("train_loss")),
     ]
     if scored is not None:
         kind = scored.partition("_")[0]
-        wanted.append((f"{kind} accuracy, %", "linear", lambda line: 100 * line[scored]))
+        wanted.append((f"{kind} {score}, %", "linear", lambda line: 100 * line[scored]))
     colors = colormaps["tab10" if len(groups) <= 10 else "tab20"]
     # Text as outlines would be unreadable for search and screen readers.
     with rc_context({"svg.fonttype": "none"}):

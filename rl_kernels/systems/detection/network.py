@@ -266,7 +266,7 @@ class Detector(nn.Module):
         at_least("gom_groups", gom_groups, 1)
         one_of("scm", scm, SCMS)
         at_least("image_size", image_size, STRIDES[-1])
-        self.in_channels = in_channels
+        self.in_channels, self.classes = in_channels, classes
         chosen = SCALES[scale]
         self.backbone = Backbone(chosen, in_channels)
         self.neck = Neck(self.backbone.channels, chosen.blocks(3))
