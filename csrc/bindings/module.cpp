@@ -95,9 +95,10 @@ py::dict build_info() {
 // Not by pybind11: reading the arguments is much of what a small call costs.
 PyMethodDef calls[] = {
     {"mixed_linear_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mixed_linear_call)), METH_FASTCALL,
-     "(x, weights, coefficients, biases): the layer, or None where the fast path declines"},
+     "(x, weights, coefficients, biases, joined=False): the layer, or None where the fast path declines"},
     {"mixed_conv_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mixed_conv_call)), METH_FASTCALL,
-     "(x, weights, coefficients, biases, spatial, stride, padding, dilation, groups): as mixed_linear_call"},
+     "(x, weights, coefficients, biases, spatial, stride, padding, dilation, groups, joined=False): as "
+     "mixed_linear_call"},
     {nullptr, nullptr, 0, nullptr},
 };
 

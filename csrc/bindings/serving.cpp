@@ -55,6 +55,8 @@ bool left_by_cpu(const Question &call) {
 
 bool left_by_cuda(const Question &call) {
   const auto &[activation, weights, coefficients, geometry, x, input_size] = call;
+  if (coefficients.dim() == 3) // Outer ones
+    return true;
   if (cuda_ops::opened_library() == nullptr || cuda_ops::facts_of(activation.device()).capability < 80)
     return true;
   if (activation.scalar_type() == at::kFloat && !cuda_ops::allows_tf32(geometry != nullptr))
