@@ -75,10 +75,11 @@ void define_conv(py::module_ &module) {
                                 const Integers &padding, const Integers &dilation, int64_t groups) {
     return why_not_conv(activation, weights, {stride, padding, dilation, groups});
   });
-  module.def("worse_conv", [](const Tensor &activation, const Tensors &weights, const Integers &stride,
-                              const Integers &padding, const Integers &dilation, int64_t groups) {
-    return worse_conv(activation, weights, {stride, padding, dilation, groups});
-  });
+  module.def("worse_conv",
+             [](const Tensor &activation, const Tensors &weights, const Tensor &coefficients, bool wgrad,
+                const Integers &stride, const Integers &padding, const Integers &dilation, int64_t groups) {
+               return worse_conv(activation, weights, coefficients, wgrad, {stride, padding, dilation, groups});
+             });
 }
 
 py::dict build_info() {

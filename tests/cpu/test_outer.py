@@ -11,6 +11,10 @@ from torch import Tensor
 import rl_kernels as rl
 from rl_kernels import functional as F
 from rl_kernels._extension import EXTENSION, mixed_conv_call, mixed_linear_call
+from rl_kernels.backends import Case as Asked
+from rl_kernels.backends import cpu
+from rl_kernels.ops import values
+from rl_kernels.ops.values import Geometry
 from rl_kernels.testing import peak_memory
 from tests.cpu.common import KINDS, assert_same, off_the_fast_path
 from tests.cpu.test_fast_path import ops_of
@@ -105,7 +109,7 @@ def leaves(arguments: Any) -> list[Tensor]:
 def test_the_fast_path_gives_the_same(kind: str, biased: bool) -> None:
     arguments = call(kind, biased)
     y = run(kind, arguments)
-    assert f"Mixed{kind.capitalize()}" in y.grad_fn.name()
+    assert y.grad_fn is not None and f"Mixed{kind.capitalize()}" in y.grad_fn.name()
     dy = torch.randn_like(y)
     found = torch.autograd.grad(y, leaves(arguments), dy)
     with off_the_fast_path():
@@ -177,6 +181,22 @@ def test_memory(kind: str, wanted: str) -> None:
     allowed = sum(tensor.nbytes for tensor in inputs) + sums + 2 * y.nbytes + MEBI
     assert backward <= allowed, f"{backward / MEBI:.1f} of {allowed / MEBI:.1f} MiB"
     assert allowed - sum(tensor.nbytes for tensor in inputs) < weights[0].nbytes or threads > 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_a_high_rank_are_left_to_streamed_on_few_rows(kind: str) -> None:
+    shape = (6, 7) if kind == "linear" else (6, 7, 1, 1)
+    geometry = None if kind == "linear" else Geometry([1, 1], [0, 0], [1, 1], 1)
+
+    def left(op: str, rank: int, rows: int) -> bool:
+        x, weight = torch.randn((rows, 7) if kind == "linear" else (1, 7, rows, 1)), torch.randn(shape)
+        recipe = values.Recipe([weight], outer(1, rank, shape, torch.float32).joined())
+        wanted = values.Wanted([False], True, []) if op else None
+        asked = values.Call(f"mixed_{kind}{op}", x, recipe, geometry, x=x if op else None, wanted=wanted)
+        return cpu.BACKEND.worse(Asked(asked.op, "cpu", x.dtype), asked) is not None
+
+    assert left("_wgrad", 9, 64) and not left("_wgrad", 8, 64) and not left("_wgrad", 9, 4096)
+    assert not left("", 9, 64)
 
 
 def test_more_sources_than_the_kernels_mix() -> None:

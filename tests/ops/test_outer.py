@@ -122,7 +122,7 @@ def test_ones_on_the_right_are_coefficients_per_channel(dtype: torch.dtype, back
         expected = F.mixed_linear(x, weights, channel)
         found = F.mixed_linear(x, weights, rl.Outer(channel[:, None], torch.ones(3, 1, 13)))
         # On cpu the compiler chooses for each kernel which product of the first sum it fuses.
-        torch.testing.assert_close(found, expected, **({} if backend == "cpu" else {"rtol": 0, "atol": 0}))
+        assert torch.equal(found, expected) or (backend == "cpu" and torch.allclose(found, expected, rtol=1e-5))
         inputs = [channel, *weights]
         pairs = zip(*(torch.autograd.grad(y, inputs, dy) for y in (found, expected)), strict=True)
     for one, other in pairs:

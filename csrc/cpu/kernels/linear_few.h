@@ -59,10 +59,10 @@ void forward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X>
       store_one(static_cast<X *>(p.out) + i * p.n + o + r, sum<T>(sums[r][i]) + recipe.bias(o + r));
 }
 
-// y for rows o..end of W. Called for two kinds of recipe, so not inlined into either.
+// y for rows o..end of W.
 template <class S, class X>
-__attribute__((noinline)) void forward_few_rows(const Linear &p, const Mixed<S, X> &recipe,
-                                                const Accumulate<X> *const *x, int64_t o, int64_t end) {
+void forward_few_rows(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *const *x, int64_t o,
+                      int64_t end) {
   const auto run = [&](auto rows, auto at_once) {
     for (; o + at_once.value <= end; o += at_once.value)
       forward_few<S, X, rows.value, at_once.value>(p, recipe, x, o);
@@ -116,8 +116,8 @@ constexpr int64_t rows_to_a_sum = 128;
 // dx's sums over rows begin..end of W, for `size` columns from q on: every source is read once, four rows of W at a
 // time.
 template <class S, class X, int rows>
-__attribute__((noinline)) void dgrad_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *dy, int64_t q,
-                                         int64_t size, int64_t begin, int64_t end, Accumulate<X> *const *sums) {
+RLK_ONE_BODY void dgrad_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *dy, int64_t q,
+                            int64_t size, int64_t begin, int64_t end, Accumulate<X> *const *sums) {
   using T = Accumulate<X>;
   constexpr int at_once = 4;
   for (int64_t o = begin; o < end; o += at_once) {

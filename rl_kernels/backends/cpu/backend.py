@@ -51,11 +51,11 @@ class Cpu(Backend):
         """Shapes at which the vendor's kernels are faster (``worse_*`` in ``csrc/cpu/torch/rules.cpp``)."""
         if call is None:
             return None
-        activation, weights = call.activation, call.recipe.weights
+        arguments = (call.activation, call.recipe.weights, call.recipe.coefficients, call.wanted is not None)
         if call.geometry is None:
-            reason = _C.worse_linear(activation, weights)
+            reason = _C.worse_linear(*arguments)
         else:
-            reason = _C.worse_conv(activation, weights, *call.geometry)
+            reason = _C.worse_conv(*arguments, *call.geometry)
         return str(reason) if reason else None
 
     def exceptions(self, case: Case) -> str | None:
@@ -65,6 +65,8 @@ class Cpu(Backend):
             passed_on.append("few channels a group" + " and filters above 1 MiB" * (case.dtype == torch.float32))
         if case.dtype == torch.bfloat16:
             passed_on.append("many rows, where the CPU multiplies bfloat16")
+        if case.op.endswith("wgrad"):
+            passed_on.append("Outer coefficients of a rank above 8 on few rows")
         return f"not {', '.join(passed_on)}" if passed_on else None
 
 
