@@ -110,7 +110,7 @@ def _is_read_by_cpp(coefficients: CoefficientsLike) -> bool:
         return False
     if isinstance(coefficients, Tensor):  # The usual case, which costs nothing more.
         return True
-    if isinstance(coefficients, Outer):  # C++ has no such mix, and would read two numbers in a tuple of two.
+    if isinstance(coefficients, Outer):  # C++ reads the two joined.
         return False
     return not (isinstance(coefficients, (list, tuple)) and any(isinstance(c, Tensor) for c in coefficients))
 

@@ -52,7 +52,8 @@ struct Saved {
   }
 };
 
-// dy summed over everything but its channels, times the coefficients: all that the biases need.
+// dy summed over everything but its channels, times the coefficients, which Outer ones are not: all that the biases
+// need.
 Tensors bias_gradients(const Tensor &dy, bool conv, const Tensor &coefficients, const Tensors &biases,
                        const Mask &wanted) {
   const int64_t channels = conv ? 1 : dy.dim() - 1;
@@ -64,8 +65,11 @@ Tensors bias_gradients(const Tensor &dy, bool conv, const Tensor &coefficients, 
   const Tensor total = others.empty() ? dy.to(dtype) : dy.sum(others, /*keepdim=*/false, dtype);
   Tensors gradients(biases.size());
   for (size_t j = 0; j < biases.size(); ++j)
-    if (wanted[j])
-      gradients[j] = coefficients.select(0, static_cast<int64_t>(j)).mul(total).to(biases[j].scalar_type());
+    if (wanted[j]) {
+      const bool summed = coefficients.dim() == 3;
+      const Tensor gradient = summed ? total : coefficients.select(0, static_cast<int64_t>(j)).mul(total);
+      gradients[j] = gradient.to(biases[j].scalar_type(), /*non_blocking=*/false, /*copy=*/summed);
+    }
   return gradients;
 }
 

@@ -41,7 +41,8 @@ PyObject *run_without_gil(const Call &call);
 PyObject *mixed_linear_call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Call call;
-  if (count != 4 || !may_take() || !read_linear(arguments, call) || !takes(call))
+  call.joined = count == 5 && arguments[4] == Py_True;
+  if ((count != 4 && count != 5) || !may_take() || !read_linear(arguments, call) || !takes(call))
     Py_RETURN_NONE;
   return run_without_gil(call);
   END_HANDLE_TH_ERRORS
@@ -50,7 +51,8 @@ PyObject *mixed_linear_call(PyObject *, PyObject *const *arguments, Py_ssize_t c
 PyObject *mixed_conv_call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Call call;
-  if (count != 9 || !may_take() || !read_conv(arguments, call) || !takes(call))
+  call.joined = count == 10 && arguments[9] == Py_True;
+  if ((count != 9 && count != 10) || !may_take() || !read_conv(arguments, call) || !takes(call))
     Py_RETURN_NONE;
   return run_without_gil(call);
   END_HANDLE_TH_ERRORS

@@ -23,7 +23,8 @@ void set_bypassed(bool bypassed);
 // The Python function that backward calls where it cannot call the kernels itself.
 void set_formulas(PyObject *function);
 
-// (x, weights, coefficients, biases) -> Tensor, or None where declined.
+// (x, weights, coefficients, biases) -> Tensor, or None where declined. One argument more, True, says that coefficients
+// of three dimensions are Outer ones, joined; users may not pass such.
 PyObject *mixed_linear_call(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 // (x, weights, coefficients, biases, spatial, stride, padding, dilation, groups) -> Tensor, or None where declined.
 PyObject *mixed_conv_call(PyObject *module, PyObject *const *arguments, Py_ssize_t count);

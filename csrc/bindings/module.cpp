@@ -75,10 +75,11 @@ void define_conv(py::module_ &module) {
                                 const Integers &padding, const Integers &dilation, int64_t groups) {
     return why_not_conv(activation, weights, {stride, padding, dilation, groups});
   });
-  module.def("worse_conv", [](const Tensor &activation, const Tensors &weights, const Integers &stride,
-                              const Integers &padding, const Integers &dilation, int64_t groups) {
-    return worse_conv(activation, weights, {stride, padding, dilation, groups});
-  });
+  module.def("worse_conv",
+             [](const Tensor &activation, const Tensors &weights, const Tensor &coefficients, bool wgrad,
+                const Integers &stride, const Integers &padding, const Integers &dilation, int64_t groups) {
+               return worse_conv(activation, weights, coefficients, wgrad, {stride, padding, dilation, groups});
+             });
 }
 
 py::dict build_info() {
@@ -95,9 +96,10 @@ py::dict build_info() {
 // Not by pybind11: reading the arguments is much of what a small call costs.
 PyMethodDef calls[] = {
     {"mixed_linear_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mixed_linear_call)), METH_FASTCALL,
-     "(x, weights, coefficients, biases): the layer, or None where the fast path declines"},
+     "(x, weights, coefficients, biases, joined=False): the layer, or None where the fast path declines"},
     {"mixed_conv_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mixed_conv_call)), METH_FASTCALL,
-     "(x, weights, coefficients, biases, spatial, stride, padding, dilation, groups): as mixed_linear_call"},
+     "(x, weights, coefficients, biases, spatial, stride, padding, dilation, groups, joined=False): as "
+     "mixed_linear_call"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -44,13 +44,22 @@ bool read_tensors(PyObject *object, const c10::Device &device, Tensors &tensors)
   return true;
 }
 
+// Whether coefficients of these sizes, the first aside, fit the weights; three are of Outer ones, joined.
+bool fits_weights(at::IntArrayRef sizes, const Tensor &weight, bool joined) {
+  const int64_t out = weight.size(0);
+  if (sizes.size() == 3)
+    return joined && out > 0 && sizes[1] > 0 && sizes[2] == out + weight.numel() / out;
+  return sizes.size() == 1 || (sizes.size() == 2 && sizes[1] == out);
+}
+
 // A tensor, or the numbers of a list or tuple, in the dtype in which the sources mix.
-bool read_coefficients(PyObject *object, const c10::Device &device, const Tensors &weights, Tensor &coefficients) {
+bool read_coefficients(PyObject *object, const c10::Device &device, const Tensors &weights, bool joined,
+                       Tensor &coefficients) {
   const auto dtype = weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto n = static_cast<int64_t>(weights.size());
   if (const Tensor *tensor = as_tensor(object)) {
     const auto sizes = tensor->sizes();
-    const bool fits = sizes.size() == 1 || (sizes.size() == 2 && sizes[1] == weights[0].size(0));
+    const bool fits = fits_weights(sizes, weights[0], joined);
     coefficients = *tensor;
     return fits && sizes[0] == n && tensor->scalar_type() == dtype && tensor->device() == device;
   }
@@ -98,7 +107,7 @@ bool read_recipe(PyObject *const *arguments, Call &call) {
     return false;
   call.x = *x;
   const Tensor &weight = call.weights[0];
-  if (weight.dim() < 2 || !read_coefficients(arguments[2], x->device(), call.weights, call.coefficients))
+  if (weight.dim() < 2 || !read_coefficients(arguments[2], x->device(), call.weights, call.joined, call.coefficients))
     return false;
   const auto dtype = x->scalar_type();
   const bool halved = weight.scalar_type() == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf);

@@ -14,7 +14,8 @@ struct Call {
   at::Tensor x, coefficients;
   Tensors weights;
   Biases biases;
-  Geometry geometry; // of a convolution
+  Geometry geometry;   // of a convolution
+  bool joined = false; // whether the coefficients are in the ops' form, as Outer ones are read only
 
   bool conv() const { return !geometry.stride.empty(); }
 };

@@ -50,11 +50,15 @@ bool left_by_cpu(const Question &call) {
   const char *reason = geometry ? why_not_conv(activation, weights, *geometry) : why_not_linear(activation, weights);
   if (reason != nullptr || forced[place(Side::cpu)].load(std::memory_order_relaxed))
     return reason != nullptr;
-  return (geometry ? worse_conv(activation, weights, *geometry) : worse_linear(activation, weights)) != nullptr;
+  reason = geometry ? worse_conv(activation, weights, coefficients, x.defined(), *geometry)
+                    : worse_linear(activation, weights, coefficients, x.defined());
+  return reason != nullptr;
 }
 
 bool left_by_cuda(const Question &call) {
   const auto &[activation, weights, coefficients, geometry, x, input_size] = call;
+  if (coefficients.dim() == 3) // Outer ones
+    return true;
   if (cuda_ops::opened_library() == nullptr || cuda_ops::facts_of(activation.device()).capability < 80)
     return true;
   if (activation.scalar_type() == at::kFloat && !cuda_ops::allows_tf32(geometry != nullptr))

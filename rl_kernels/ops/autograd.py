@@ -57,12 +57,12 @@ class Family(NamedTuple):
 
 
 def _fast_linear(x: Tensor, recipe: Recipe, _: Geometry | None) -> Tensor | None:
-    return mixed_linear_call(x, *recipe)
+    return mixed_linear_call(x, *recipe, True)
 
 
 def _fast_conv(x: Tensor, recipe: Recipe, geometry: Geometry | None) -> Tensor | None:
     assert geometry is not None
-    return mixed_conv_call(x, *recipe, len(geometry.stride), *geometry)
+    return mixed_conv_call(x, *recipe, len(geometry.stride), *geometry, True)
 
 
 LINEAR = Family(linear.FORWARD, linear.DGRAD, linear.WGRAD, composite.LINEAR, _fast_linear)
@@ -73,8 +73,8 @@ CONV = Family(conv.FORWARD, conv.DGRAD, conv.WGRAD, composite.CONV, _fast_conv)
 
 
 def mixed_forward(family: Family, x: Tensor, recipe: Recipe, geometry: Geometry | None = None) -> Tensor:
-    """The forward of ``family``; the fast path first, which has no kernel for ``Outer`` coefficients."""
-    if not (torch.compiler.is_compiling() or recipe.is_outer):
+    """The forward of ``family``; the fast path first."""
+    if not torch.compiler.is_compiling():
         y = family.fast(x, recipe, geometry)
         if y is not None:
             return y

@@ -27,7 +27,7 @@ from tests.ops.test_gradcheck import CONVOLUTIONS, flat
 from tests.ops.test_memory import CASES, MEBI, bound
 from tests.ops.test_property import KINDS, quiet, small_panels
 
-MIXING = ("reference", "streamed")
+MIXING = ("reference", "streamed", "cpu")
 """The backends that have these coefficients."""
 PARTS = ("left", "right")
 
@@ -93,12 +93,13 @@ GROUPED = Case(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rank", [1, 4, 16, 40])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_options(n: int, rank: int, dtype: torch.dtype, base: Case) -> None:
+@pytest.mark.parametrize("backend", ["streamed", "cpu"])
+def test_options(backend: str, n: int, rank: int, dtype: torch.dtype, base: Case) -> None:
     """Also with frozen sources, and an empty batch."""
     case = Case(**{**vars(base), "sources": n, "rank": rank, "dtype": dtype})
-    check(case, "streamed")
-    check(Case(**{**vars(case), "needs_weights": (False,) * 4}), "streamed")
-    check(Case(**{**vars(case), "batch": (0,)}), "streamed")
+    check(case, backend)
+    check(Case(**{**vars(case), "needs_weights": (False,) * 4}), backend)
+    check(Case(**{**vars(case), "batch": (0,)}), backend)
 
 
 @pytest.mark.parametrize("base", [LINEAR, GROUPED], ids=["linear", "conv"])
@@ -120,7 +121,8 @@ def test_ones_on_the_right_are_coefficients_per_channel(dtype: torch.dtype, back
     with rl.use_backend(backend):
         expected = F.mixed_linear(x, weights, channel)
         found = F.mixed_linear(x, weights, rl.Outer(channel[:, None], torch.ones(3, 1, 13)))
-        assert torch.equal(found, expected)
+        # On cpu the compiler chooses for each kernel which product of the first sum it fuses.
+        assert torch.equal(found, expected) or (backend == "cpu" and torch.allclose(found, expected, rtol=1e-5))
         inputs = [channel, *weights]
         pairs = zip(*(torch.autograd.grad(y, inputs, dy) for y in (found, expected)), strict=True)
     for one, other in pairs:
@@ -135,14 +137,14 @@ def test_mix() -> None:
     assert gradcheck(lambda left, right: F.mix(vectors, rl.Outer(left, right)), tuple(coefficients))
 
 
-def test_the_mix_is_in_float32_and_rounded_once() -> None:
+@pytest.mark.parametrize("backend", MIXING)
+def test_the_mix_is_in_float32_and_rounded_once(backend: str) -> None:
     """Terms that cancel leave what float32 keeps of them, and bfloat16 would not."""
     weights = [torch.ones(1, 1, dtype=torch.bfloat16)] * 2
     coefficients = rl.Outer(torch.tensor([[[1.0], [2.0**-12]], [[-1.0], [0.0]]]), torch.ones(2, 2, 1))
-    for backend in MIXING:
-        with rl.use_backend(backend):
-            y = F.mixed_linear(torch.ones(1, 1, dtype=torch.bfloat16), weights, coefficients)
-        assert y.item() == 2.0**-12
+    with rl.use_backend(backend):
+        y = F.mixed_linear(torch.ones(1, 1, dtype=torch.bfloat16), weights, coefficients)
+    assert y.item() == 2.0**-12
 
 
 def test_biases_are_summed() -> None:
@@ -153,7 +155,8 @@ def test_biases_are_summed() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_transposed_convolution(groups: int) -> None:
+@pytest.mark.parametrize("backend", MIXING)
+def test_transposed_convolution(backend: str, groups: int) -> None:
     """Left follows the first dimension of the weights, here the input channels."""
     x, shape = random(2, 4, 5, 4), (4, 3, 3, 2)
     weights, biases = [random(*shape) for _ in range(2)], [random(3 * groups) for _ in range(2)]
@@ -163,7 +166,7 @@ def test_transposed_convolution(groups: int) -> None:
     expected = torch.nn.functional.conv_transpose2d(x, weight, biases[0] + biases[1], *settings_)
     inputs = [x, *coefficients, *weights, *biases]
     dy = torch.randn_like(expected)
-    for way in (rl.use_backend("streamed"), plain_torch()):
+    for way in (rl.use_backend(backend), plain_torch()):
         with way:
             y = F.mixed_conv_transpose2d(x, weights, coefficients, biases, *settings_)
             torch.testing.assert_close(y, expected)
@@ -262,7 +265,8 @@ def test_opcheck(dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["linear", "linear-wide", "conv2d", "conv2d-grouped"])
 @pytest.mark.parametrize("n", [1, 2])
-def test_memory_with_frozen_weights(n: int, name: str) -> None:
+@pytest.mark.parametrize("backend", ["streamed", "cpu"])
+def test_memory_with_frozen_weights(backend: str, n: int, name: str) -> None:
     """Nothing weight-sized beside the weights, forward and backward."""
     x_shape, shape, call = CASES[name]
     x = torch.randn(x_shape).requires_grad_()
@@ -275,7 +279,7 @@ def test_memory_with_frozen_weights(n: int, name: str) -> None:
         y = call(x, weights, coefficients)
         torch.autograd.grad(y, inputs, torch.ones_like(y))
 
-    with rl.use_backend("streamed"):
+    with rl.use_backend(backend):
         peak = peak_memory(step)
     y = call(x, weights, coefficients)
     # The parts joined, their gradient, and that in two; what passes between forward and backward.
@@ -283,11 +287,12 @@ def test_memory_with_frozen_weights(n: int, name: str) -> None:
     assert peak <= allowed < weights[0].nbytes, f"{peak / MEBI:.1f} of {weights[0].nbytes / MEBI:.1f} MiB"
 
 
-def test_memory_of_a_weights_gradient() -> None:
+@pytest.mark.parametrize("backend", ["streamed", "cpu"])
+def test_memory_of_a_weights_gradient(backend: str) -> None:
     """Beyond that gradient itself."""
     x, weight, coefficients = torch.randn(32, 4096), random(4096, 4096, dtype=torch.float32), None
     coefficients = outer(1, 16, (4096, 4096), torch.float32)
-    with rl.use_backend("streamed"):
+    with rl.use_backend(backend):
         y = F.mixed_linear(x, [weight], coefficients)
         inputs = [weight, *coefficients]
         peak = peak_memory(lambda: torch.autograd.grad(y, inputs, torch.ones_like(y), retain_graph=True))
@@ -299,9 +304,6 @@ def test_memory_of_a_weights_gradient() -> None:
 
 def test_backends_without_the_mix_say_so() -> None:
     x, weight, coefficients = torch.randn(3, 7), torch.randn(5, 7), outer(1, 2, (5, 7), torch.float32)
-    expected = F.mixed_linear(x, [weight], coefficients)  # auto passes over them
-    with rl.use_backend("streamed"):
-        assert torch.equal(F.mixed_linear(x, [weight], coefficients), expected)
     for backend in registered():
         if backend.name in MIXING:
             continue
@@ -317,16 +319,20 @@ def test_backends_without_the_mix_say_so() -> None:
         assert "Outer coefficients" in (backend.exceptions(case) or "")
 
 
-def test_the_fast_path_is_not_offered_such_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    offered: list[Any] = []
-    for module in (functional, autograd):
+def test_the_fast_path_is_offered_such_a_call_once_the_two_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: dict[Any, list[Any]] = {functional: [], autograd: []}
+    for module, calls in offered.items():
         for name in ("mixed_linear_call", "mixed_conv_call"):
-            monkeypatch.setattr(module, name, lambda *arguments: offered.append(arguments))
+            monkeypatch.setattr(module, name, lambda *arguments, calls=calls: calls.append(arguments))
     F.mixed_linear(X, [W], rl.Outer(LEFT, RIGHT))
     F.mixed_conv2d(torch.randn(2, 2, 4, 4), [FILTER], outer(1, 2, FILTER.shape, torch.float32))
-    assert not offered
+    assert not offered[functional]
+    assert [(arguments[2].shape, arguments[-1]) for arguments in offered[autograd]] == [
+        ((1, 2, 12), True),
+        ((1, 2, 24), True),
+    ]
     F.mixed_linear(X, [W], [1.0])
-    assert offered
+    assert len(offered[functional]) == 1
 
 
 X, W, FILTER = torch.randn(4, 7), torch.randn(5, 7), torch.randn(6, 2, 3, 3)

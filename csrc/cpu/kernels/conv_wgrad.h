@@ -139,27 +139,45 @@ public:
     const bool needs_dots = wants_dots(p_.gradients);
     if (needs_dots || wants_weights(p_.gradients, p_.recipe.sources)) {
       if (p_.product != nullptr) {
-        share(team_, p_.y.channels,
-              [&](int64_t o) { finish_channel(o, static_cast<const T *>(p_.product) + o * recipe_.row_size()); });
+        share_to_finish(p_.y.channels, [&](int64_t o, double *columns) {
+          finish_channel(o, static_cast<const T *>(p_.product) + o * recipe_.row_size(), columns);
+        });
+      } else if (plan_.splits == 1) {
+        share_to_finish(plan_.items, [&](int64_t item, double *columns) { compute(item, columns); });
       } else {
-        share(team_, plan_.items * plan_.splits, [&](int64_t item) { compute(item); });
-        if (plan_.splits > 1)
-          share(team_, p_.y.channels, [&](int64_t channel) { add_shares(channel); });
+        share(team_, plan_.items * plan_.splits, [&](int64_t item) { compute(item, nullptr); });
+        share_to_finish(p_.y.channels, [&](int64_t channel, double *columns) { add_shares(channel, columns); });
       }
     }
     if (wants_channel_sums(p_.gradients, p_.recipe)) {
-      double *sums = p_.dots + p_.recipe.sources * p_.y.channels;
+      double *sums = p_.dots + recipe_.dots() * p_.y.channels;
       share(team_, ceil_div(p_.y.channels, width<T>), [&](int64_t item) {
         const int64_t o = item * width<T>;
         sum_channels(static_cast<const X *>(p_.dy), p_.y, p_.batch, o, min(width<T>, p_.y.channels - o), sums + o);
       });
-      finish_biases(recipe_, p_.recipe, p_.gradients, p_.y.channels, sums, needs_dots ? p_.dots : nullptr);
+      finish_biases(recipe_, p_.recipe, p_.gradients, p_.y.channels, sums,
+                    needs_dots && !recipe_.is_outer() ? p_.dots : nullptr);
     }
-    if (needs_dots)
+    if (needs_dots && recipe_.is_outer())
+      finish_outer_coefficients(recipe_, p_.gradients, p_.y.channels, {p_.dots, p_.y.channels, p_.columns},
+                                team_.threads, team_);
+    else if (needs_dots)
       finish_coefficients<T>(p_.gradients, p_.recipe.sources, p_.y.channels, p_.dots);
   }
 
 private:
+  // Calls body(item, nullptr) for items that finish channels or, with Outer coefficients, body(item, columns): in as
+  // many runs as there are threads, the items of each in order, for each of which the sums of right's gradient are
+  // kept.
+  template <class Body> void share_to_finish(int64_t count, const Body &body) const {
+    if (!wants_dots(p_.gradients) || !recipe_.is_outer())
+      return share(team_, count, [&](int64_t item) { body(item, nullptr); });
+    share(team_, team_.threads, [&](int64_t run) {
+      for (int64_t item = count * run / team_.threads; item < count * (run + 1) / team_.threads; ++item)
+        body(item, p_.columns + run * recipe_.dots() * recipe_.row_size());
+    });
+  }
+
   // Where an item's pixels are, and what of G it sums: output channels o..o+n of a group.
   struct Part {
     int64_t group, o, n;
@@ -169,7 +187,7 @@ private:
   };
 
   // One item: the sums over its share of the pixels, finished where there are no other shares.
-  void compute(int64_t item) const {
+  __attribute__((noinline)) void compute(int64_t item, double *columns) const {
     Scratch scratch(team_);
     T *g = scratch.take<T>(size_);
     T *copy = scratch.take<T>(max_strip_bytes / int64_t(sizeof(T)) + width<T>);
@@ -193,7 +211,7 @@ private:
     }
     if (plan_.splits == 1)
       for (int64_t i = 0; i < part.n; ++i)
-        finish_runs(group * out_ + o + i, g + i * plan_.pitch, row);
+        finish_runs(group * out_ + o + i, g + i * plan_.pitch, row, columns);
   }
 
   // Adds what a block's pixels contribute, for so many output channels at a time as their share of dy, packed, fits.
@@ -250,7 +268,7 @@ private:
   }
 
   // The shares' sums of a channel, in order.
-  void add_shares(int64_t channel) const {
+  __attribute__((noinline)) void add_shares(int64_t channel, double *columns) const {
     Scratch scratch(team_);
     T *g = scratch.take<T>(plan_.pitch), *row = scratch.take<T>(recipe_.row_size());
     const int64_t group = channel / out_, o = channel % out_;
@@ -261,11 +279,11 @@ private:
         total += load(shares + share * size_ + l);
       store(g + l, total);
     }
-    finish_runs(channel, g, row);
+    finish_runs(channel, g, row, columns);
   }
 
   // Channel o of G, given with its runs apart and padded, into every gradient.
-  void finish_runs(int64_t o, const T *g, T *row) const {
+  void finish_runs(int64_t o, const T *g, T *row, double *columns) const {
     for (int64_t t = 0; t < taps_; ++t) {
       const T *from = g + t / merged_ * plan_.run_pitch + t % merged_ * channels_;
       if (recipe_.channels_inner() || taps_ == 1)
@@ -275,12 +293,12 @@ private:
         for (int64_t c = 0; c < channels_; ++c)
           row[c * taps_ + t] = from[c];
     }
-    finish_channel(o, row);
+    finish_channel(o, row, columns);
   }
 
-  void finish_channel(int64_t o, const T *row) const {
-    const Dots dots{wants_dots(p_.gradients) ? p_.dots + o : nullptr, p_.y.channels};
-    dots.clear(p_.recipe.sources);
+  void finish_channel(int64_t o, const T *row, double *columns) const {
+    const Dots dots{wants_dots(p_.gradients) ? p_.dots + o : nullptr, p_.y.channels, columns};
+    dots.clear(recipe_.dots());
     finish_row(recipe_, p_.gradients, o, 0, recipe_.row_size(), row, dots);
   }
 

@@ -19,8 +19,9 @@ namespace {
 template <class S, class X> void linear_forward(const Linear &p, const Team &team) {
   using T = Accumulate<X>;
   const Mixed<S, X> recipe(p.recipe, p.k, 1);
-  // A half-precision row is converted whole into scratch.
-  if (p.m <= max_few_rows_forward && recipe.all_dense() && (sizeof(X) == sizeof(T) || p.k <= 48 << 10 >> 1))
+  // A half-precision row is converted whole into scratch, and rows with a factor an element are mixed there.
+  if (p.m <= max_few_rows_forward && (recipe.is_outer() || recipe.all_dense()) &&
+      ((sizeof(X) == sizeof(T) && !recipe.is_outer()) || p.k <= 48 << 10 >> 1))
     return linear_forward_few(p, recipe, team);
   constexpr int64_t wide = panel_width<T>, depth = 2048 / sizeof(T);
   const Rows<T, X> x(p.x, p.x_stride);
@@ -71,7 +72,7 @@ template <class S, class X> void linear_forward(const Linear &p, const Team &tea
 template <class S, class X> void linear_dgrad(const Linear &p, const Team &team) {
   using T = Accumulate<X>;
   const Mixed<S, X> recipe(p.recipe, p.k, 1);
-  if (p.m <= max_few_rows && recipe.all_dense() && p.n <= 32 << 10)
+  if (p.m <= max_few_rows && (recipe.is_outer() || recipe.all_dense()) && p.n <= 32 << 10)
     return linear_dgrad_few(p, recipe, team);
   // Columns of dx are owned, in runs long enough to read the sources at full bandwidth.
   constexpr int64_t wide = panel_width<T>, depth = 1024 / sizeof(T);
@@ -131,7 +132,7 @@ struct WeightBlock {
 
 // G of rows o..o+n and columns q..q+size, finished while it is in cache; x and dy are packed for it, `depth` rows each.
 template <class S, class X>
-void finish_block(const Linear &p, const Mixed<S, X> &recipe, WeightBlock block, double *dots, const Team &team) {
+void finish_block(const Linear &p, const Mixed<S, X> &recipe, WeightBlock block, Dots dots, const Team &team) {
   using T = Accumulate<X>;
   constexpr int64_t depth = 512 / sizeof(T), wide = panel_width<T>;
   const auto [o, n, q, size] = block;
@@ -152,11 +153,13 @@ void finish_block(const Linear &p, const Mixed<S, X> &recipe, WeightBlock block,
     }
     multiply_outer<T>(wgrad_shape, {1, &zero, &zero, steps, wide}, {a, tiles, steps, b, depth * wide, size}, g, pitch);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const Dots of_row{dots != nullptr ? dots + o + i : nullptr, p.n};
-    of_row.clear(p.recipe.sources);
-    finish_row(recipe, p.gradients, o + i, q, size, g + i * pitch, of_row);
-  }
+  for (int64_t i = 0; i < n; ++i)
+    dots.of_channel(o + i).clear(recipe.dots());
+  // What rows add to right's gradient stays in the first cache from row to row.
+  const int64_t at_once = recipe.is_outer() ? 128 : size;
+  for (int64_t c = 0; c < size; c += at_once)
+    for (int64_t i = 0; i < n; ++i)
+      finish_row(recipe, p.gradients, o + i, q + c, min(at_once, size - c), g + i * pitch + c, dots.of_channel(o + i));
 }
 
 template <class S, class X> void linear_wgrad(const Linear &p, const Team &team) {
@@ -164,16 +167,23 @@ template <class S, class X> void linear_wgrad(const Linear &p, const Team &team)
   const bool needs_dots = wants_dots(p.gradients);
   // Nothing points to gradients without elements.
   const bool needs_product = (needs_dots && p.n > 0 && p.k > 0) || wants_weights(p.gradients, p.recipe.sources);
-  const int64_t stride = p.recipe.sources * p.n; // of dots, a block of columns
+  const int64_t stride = recipe.dots() * p.n; // of dots, a block of columns
   const int64_t columns = linear_dots_columns(sizeof(Accumulate<X>)), across = ceil_div(p.k, columns);
   if (needs_product) {
     const int64_t rows = wgrad_shape.rows, tallest = (p.m < 512 ? 16 : 48) * rows;
     const int64_t threads_down = ceil_div(team.threads, min(team.threads, across));
     const int64_t tall = round_up(ceil_div(p.n, block_count(p.n, tallest, 4 * rows, threads_down)), rows);
-    share(team, ceil_div(p.n, tall) * across, [&](int64_t item) {
-      const int64_t o = item / across * tall, q = item % across * columns;
-      finish_block(p, recipe, {o, min(tall, p.n - o), q, min(columns, p.k - q)},
-                   needs_dots ? p.dots + item % across * stride : nullptr, team);
+    // Where each item needs sums of its own, it takes more rows than a block has.
+    const bool sums_columns = needs_dots && recipe.is_outer();
+    const int64_t shares = sums_columns ? linear_shares(p.n, p.k, sizeof(Accumulate<X>), team.threads) : 1;
+    const int64_t rows_an_item = sums_columns ? round_up(ceil_div(p.n, shares), rows) : tall;
+    share(team, ceil_div(p.n, rows_an_item) * across, [&](int64_t item) {
+      const int64_t begin = item / across * rows_an_item, end = min(p.n, begin + rows_an_item);
+      const int64_t q = item % across * columns;
+      const Dots dots{needs_dots ? p.dots + item % across * stride : nullptr, p.n,
+                      sums_columns ? p.columns + item / across * recipe.dots() * p.k : nullptr};
+      for (int64_t o = begin; o < end; o += tall)
+        finish_block(p, recipe, {o, min(tall, end - o), q, min(columns, p.k - q)}, dots, team);
     });
   }
   finish_linear(p, recipe, needs_product ? across : 0, team);

@@ -59,6 +59,28 @@ void forward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X>
       store_one(static_cast<X *>(p.out) + i * p.n + o + r, sum<T>(sums[r][i]) + recipe.bias(o + r));
 }
 
+// y for rows o..end of W.
+template <class S, class X>
+void forward_few_rows(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *const *x, int64_t o,
+                      int64_t end) {
+  const auto run = [&](auto rows, auto at_once) {
+    for (; o + at_once.value <= end; o += at_once.value)
+      forward_few<S, X, rows.value, at_once.value>(p, recipe, x, o);
+    for (; o < end; ++o)
+      forward_few<S, X, rows.value, 1>(p, recipe, x, o);
+  };
+  if (p.m == 1)
+    run(Int<1>{}, Int<4>{});
+  else if (p.m == 2)
+    run(Int<2>{}, Int<4>{});
+  else if (p.m <= 4)
+    run(Int<4>{}, Int<4>{});
+  else if (p.m <= 8)
+    run(Int<8>{}, Int<3>{});
+  else
+    run(Int<16>{}, Int<1>{});
+}
+
 template <class S, class X> void linear_forward_few(const Linear &p, const Mixed<S, X> &recipe, const Team &team) {
   using T = Accumulate<X>;
   const int64_t block = 12, count = ceil_div(p.n, block);
@@ -76,24 +98,14 @@ template <class S, class X> void linear_forward_few(const Linear &p, const Mixed
         x[i] = i < p.m ? converted : x[0];
       }
     }
-    int64_t o = item * block;
-    const int64_t end = min(p.n, o + block);
-    const auto run = [&](auto rows, auto at_once) {
-      for (; o + at_once.value <= end; o += at_once.value)
-        forward_few<S, X, rows.value, at_once.value>(p, recipe, x, o);
-      for (; o < end; ++o)
-        forward_few<S, X, rows.value, 1>(p, recipe, x, o);
-    };
-    if (p.m == 1)
-      run(Int<1>{}, Int<4>{});
-    else if (p.m == 2)
-      run(Int<2>{}, Int<4>{});
-    else if (p.m <= 4)
-      run(Int<4>{}, Int<4>{});
-    else if (p.m <= 8)
-      run(Int<8>{}, Int<3>{});
-    else
-      run(Int<16>{}, Int<1>{});
+    const int64_t o = item * block, end = min(p.n, o + block);
+    if (!recipe.is_outer())
+      return forward_few_rows(p, recipe, x, o, end);
+    T *rows = scratch.take<T>(block * p.k), *biases = scratch.take<T>(block);
+    const MixedAhead<S, X> ahead(recipe, o, end - o, 0, p.k, rows, biases);
+    Linear part = p;
+    part.out = static_cast<X *>(p.out) + o;
+    forward_few_rows(part, ahead.recipe(), x, 0, end - o);
   });
 }
 
@@ -104,8 +116,8 @@ constexpr int64_t rows_to_a_sum = 128;
 // dx's sums over rows begin..end of W, for `size` columns from q on: every source is read once, four rows of W at a
 // time.
 template <class S, class X, int rows>
-void dgrad_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *dy, int64_t q, int64_t size,
-               int64_t begin, int64_t end, Accumulate<X> *const *sums) {
+RLK_ONE_BODY void dgrad_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X> *dy, int64_t q,
+                            int64_t size, int64_t begin, int64_t end, Accumulate<X> *const *sums) {
   using T = Accumulate<X>;
   constexpr int at_once = 4;
   for (int64_t o = begin; o < end; o += at_once) {
@@ -158,6 +170,7 @@ template <class S, class X> void linear_dgrad_few(const Linear &p, const Mixed<S
     const int64_t q = item * size, some = min(size, p.k - q);
     T *spare = scratch.take<T>(rows * size), *more = scratch.take<T>(rows * size);
     T *dy = scratch.take<T>(rows * p.n);
+    T *weight = scratch.take<T>(recipe.is_outer() ? rows_to_a_sum * size : 0);
     copy_few_rows<X>(p, rows, dy);
     T *sums[max_few_rows], *parts[max_few_rows];
     dx.point(0, p.m, q, sums, spare, size);
@@ -168,7 +181,13 @@ template <class S, class X> void linear_dgrad_few(const Linear &p, const Mixed<S
     with_rows(rows, [&](auto many) {
       for (int64_t begin = 0; begin < p.n; begin += rows_to_a_sum) {
         const int64_t end = min(begin + rows_to_a_sum, p.n);
-        dgrad_few<S, X, many.value>(p, recipe, dy, q, some, begin, end, begin == 0 ? sums : parts);
+        T *const *to = begin == 0 ? sums : parts;
+        if (!recipe.is_outer()) {
+          dgrad_few<S, X, many.value>(p, recipe, dy, q, some, begin, end, to);
+        } else {
+          const MixedAhead<S, X> ahead(recipe, begin, end - begin, q, some, weight, nullptr);
+          dgrad_few<T, X, many.value>(p, ahead.recipe(), dy + begin, 0, some, 0, end - begin, to);
+        }
         for (int64_t i = 0; begin > 0 && i < p.m; ++i)
           for (int64_t l = 0; l < some; ++l)
             sums[i][l] += parts[i][l];
@@ -272,7 +291,7 @@ void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X
         step(first + l, l, [=](const S *at) { return load_part(at, left); });
       for (int r = 0; r < some; ++r)
         finish_row(recipe, p.gradients, o + r, q + first, length, g[r],
-                   Dots{dots != nullptr ? dots + o + r : nullptr, p.n});
+                   Dots{dots != nullptr ? dots + o + r : nullptr, p.n, nullptr});
     }
   }
   strip.total_up();
@@ -282,7 +301,8 @@ void backward_few(const Linear &p, const Mixed<S, X> &recipe, const Accumulate<X
 template <class S, class X> bool linear_backward(const Linear &p, const Team &team) {
   using T = Accumulate<X>;
   const Mixed<S, X> recipe(p.recipe, p.k, 1);
-  if (p.n > 32 << 10 || !recipe.all_dense())
+  // Outer coefficients' gradients are sums over more rows than a strip keeps beside its columns.
+  if (p.n > 32 << 10 || recipe.is_outer() || !recipe.all_dense())
     return false;
   const int rows = rows_for(p.m);
   const int64_t columns = linear_dots_columns(sizeof(T));

@@ -8,6 +8,13 @@
 namespace rl_kernels::cpu {
 namespace {
 
+// Of a function that several callers share: neither inlined into one of them nor copied for its constants.
+#if defined(__clang__)
+#define RLK_ONE_BODY __attribute__((noinline))
+#else
+#define RLK_ONE_BODY __attribute__((noinline, noclone))
+#endif
+
 template <class T> struct VectorOf;
 template <> struct VectorOf<float> {
   typedef float type __attribute__((vector_size(RLK_VECTOR_BYTES)));

@@ -6,6 +6,7 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -96,9 +97,10 @@ at::MemoryFormat memory_format(const at::Tensor &activation, const Tensors &weig
 at::Tensor mixed_conv(const at::Tensor &x, const Tensors &weights, const at::Tensor &coefficients, const Biases &biases,
                       const Geometry &geometry) {
   const auto &weight = weights[0];
+  const at::Tensor read = as_read(coefficients, weight);
   const auto format = memory_format(x, weights);
   if (WholeFilter::serves(x, weight, geometry))
-    return WholeFilter(weights, coefficients, biases, geometry).forward(x).contiguous(format);
+    return WholeFilter(weights, read, biases, geometry).forward(x).contiguous(format);
   at::Tensor y = at::empty(output_size(x, weight, geometry), x.options().memory_format(format));
   if (y.numel() == 0)
     return y;
@@ -106,7 +108,7 @@ at::Tensor mixed_conv(const at::Tensor &x, const Tensors &weights, const at::Ten
   if (is_pointwise(weight, geometry)) {
     const auto pixels = as_pixels(x), out = as_pixels(y);
     if (pixels && out && out->is_contiguous()) {
-      cpu::Linear problem = describe_linear(*pixels, weights, coefficients, biases);
+      cpu::Linear problem = describe_linear(*pixels, weights, read, biases);
       problem.x = pixels->data_ptr();
       problem.x_stride = pixels->stride(0);
       problem.out = y.data_ptr();
@@ -115,7 +117,7 @@ at::Tensor mixed_conv(const at::Tensor &x, const Tensors &weights, const at::Ten
     }
   }
   cpu::Conv problem = describe_conv(x, weight, geometry);
-  problem.recipe = describe_recipe(weights, coefficients, biases);
+  problem.recipe = describe_recipe(weights, read, biases);
   set_volumes(problem, x, y, is_pointwise(weight, geometry));
   problem.input = x.data_ptr();
   problem.out = y.data_ptr();
@@ -126,9 +128,10 @@ at::Tensor mixed_conv(const at::Tensor &x, const Tensors &weights, const at::Ten
 at::Tensor mixed_conv_dgrad(const at::Tensor &dy, const Tensors &weights, const at::Tensor &coefficients,
                             const std::vector<int64_t> &input_size, const Geometry &geometry) {
   const auto &weight = weights[0];
+  const at::Tensor read = as_read(coefficients, weight);
   const auto format = memory_format(dy, weights);
   if (WholeFilter::serves(dy, weight, geometry))
-    return WholeFilter(weights, coefficients, std::nullopt, geometry).dgrad(dy, input_size).contiguous(format);
+    return WholeFilter(weights, read, std::nullopt, geometry).dgrad(dy, input_size).contiguous(format);
   at::Tensor dx = at::empty(input_size, dy.options().memory_format(format));
   if (dx.numel() == 0)
     return dx;
@@ -138,7 +141,7 @@ at::Tensor mixed_conv_dgrad(const at::Tensor &dy, const Tensors &weights, const 
   if (is_pointwise(weight, geometry)) {
     const auto pixels = as_pixels(dy), out = as_pixels(dx);
     if (pixels && out && out->is_contiguous()) {
-      cpu::Linear problem = describe_linear(*pixels, weights, coefficients, std::nullopt);
+      cpu::Linear problem = describe_linear(*pixels, weights, read, std::nullopt);
       problem.dy = pixels->data_ptr();
       problem.dy_stride = pixels->stride(0);
       problem.out = dx.data_ptr();
@@ -147,7 +150,7 @@ at::Tensor mixed_conv_dgrad(const at::Tensor &dy, const Tensors &weights, const 
     }
   }
   cpu::Conv problem = describe_conv(dy, weight, geometry);
-  problem.recipe = describe_recipe(weights, coefficients, std::nullopt);
+  problem.recipe = describe_recipe(weights, read, std::nullopt);
   set_volumes(problem, dx, dy, is_pointwise(weight, geometry));
   problem.input = dy.data_ptr();
   problem.out = dx.data_ptr();
@@ -172,11 +175,12 @@ Gradients mixed_conv_wgrad(const at::Tensor &dy, const at::Tensor &x, const Tens
     if (dy.numel() == 0 || !biases)
       return outputs;
   }
+  const at::Tensor read = as_read(coefficients, weight);
   const cpu::Team threads = threads_for(multiplications(dy, weight));
   if (weight.numel() != 0 && is_pointwise(weight, geometry)) {
     const auto pixels = as_pixels(x), pixels_dy = as_pixels(dy);
     if (pixels && pixels_dy) {
-      cpu::Linear problem = describe_linear(*pixels, weights, coefficients, biases);
+      cpu::Linear problem = describe_linear(*pixels, weights, read, biases);
       problem.gradients = gradients;
       problem.x = pixels->data_ptr();
       problem.x_stride = pixels->stride(0);
@@ -184,18 +188,23 @@ Gradients mixed_conv_wgrad(const at::Tensor &dy, const at::Tensor &x, const Tens
       problem.dy_stride = pixels_dy->stride(0);
       const at::Tensor dots = zero_dots(problem, threads.threads);
       problem.dots = dots.data_ptr<double>();
+      const at::Tensor columns = zero_columns(problem, threads.threads);
+      problem.columns = columns.data_ptr<double>();
       kernels().linear_wgrad(problem, threads);
       return outputs;
     }
   }
   cpu::Conv problem = describe_conv(x, weight, geometry);
-  problem.recipe = describe_recipe(weights, coefficients, biases);
+  problem.recipe = describe_recipe(weights, read, biases);
   problem.gradients = gradients;
   set_volumes(problem, x, dy, is_pointwise(weight, geometry));
   problem.input = x.data_ptr();
   problem.dy = dy.data_ptr();
-  const at::Tensor dots = at::zeros({(problem.recipe.sources + 1) * problem.y.channels}, at::kDouble);
+  const at::Tensor dots = at::zeros({(cpu::dot_count(problem.recipe) + 1) * problem.y.channels}, at::kDouble);
   problem.dots = dots.data_ptr<double>();
+  const at::Tensor columns =
+      zero_columns(problem.recipe, gradients, threads.threads, weight.numel() / std::max<int64_t>(weight.size(0), 1));
+  problem.columns = columns.data_ptr<double>();
   at::Tensor product, partials;
   if (WholeFilter::serves(x, weight, geometry)) {
     product = WholeFilter::wgrad(dy, x, weight, geometry);

@@ -37,6 +37,23 @@ bool weight_strides(const at::Tensor &weight, int64_t &out, int64_t &in, int64_t
   return true;
 }
 
+bool has_channels_innermost(const at::Tensor &weight) {
+  int64_t out, in, tap;
+  weight_strides(weight, out, in, tap);
+  const int64_t channels = weight.size(1);
+  return in == 1 && tap == channels && weight.numel() != weight.size(0) * channels;
+}
+
+at::Tensor as_read(const at::Tensor &coefficients, const at::Tensor &weight) {
+  if (coefficients.dim() != 3)
+    return coefficients;
+  if (!has_channels_innermost(weight))
+    return coefficients.stride(2) == 1 ? coefficients : coefficients.contiguous();
+  const int64_t out = weight.size(0), columns = coefficients.size(2) - out;
+  const at::Tensor right = coefficients.narrow(2, out, columns).unflatten(2, {weight.size(1), -1});
+  return at::cat({coefficients.narrow(2, 0, out), right.transpose(2, 3).flatten(2)}, 2);
+}
+
 size_t element_bytes(const cpu::Recipe &recipe) { return recipe.type == cpu::Type::float64 ? 8 : 4; }
 
 cpu::Recipe describe_recipe(const Tensors &weights, const at::Tensor &coefficients, const Biases &biases) {
@@ -54,6 +71,11 @@ cpu::Recipe describe_recipe(const Tensors &weights, const at::Tensor &coefficien
   recipe.coefficients = coefficients.data_ptr();
   recipe.source_stride = coefficients.stride(0);
   recipe.channel_stride = coefficients.dim() == 2 ? coefficients.stride(1) : 0;
+  if (coefficients.dim() == 3) {
+    recipe.channel_stride = 1;
+    recipe.rank = coefficients.size(1), recipe.rank_stride = coefficients.stride(1);
+    recipe.right = static_cast<const char *>(coefficients.data_ptr()) + weights[0].size(0) * coefficients.itemsize();
+  }
   return recipe;
 }
 
@@ -111,9 +133,21 @@ cpu::WgradOutputs allocate_gradients(Gradients &outputs, const Tensors &weights,
 }
 
 at::Tensor zero_dots(const cpu::Linear &problem, int threads) {
-  return at::zeros(
-      {cpu::linear_dots(problem.n, problem.k, problem.recipe.sources, element_bytes(problem.recipe), threads)},
-      at::kDouble);
+  // Strips a thread are of the pass that also makes dx, which has no Outer coefficients.
+  const int strips = problem.recipe.rank > 0 ? 0 : threads;
+  const size_t bytes = element_bytes(problem.recipe);
+  return at::zeros({cpu::linear_dots(problem.n, problem.k, cpu::dot_count(problem.recipe), bytes, strips)},
+                   at::kDouble);
+}
+
+at::Tensor zero_columns(const cpu::Recipe &recipe, const cpu::WgradOutputs &gradients, int64_t shares, int64_t row) {
+  const bool wanted = recipe.rank > 0 && gradients.coefficients != nullptr;
+  return at::zeros({wanted ? shares * cpu::dot_count(recipe) * row : 0}, at::kDouble);
+}
+
+at::Tensor zero_columns(const cpu::Linear &problem, int threads) {
+  const int64_t shares = cpu::linear_shares(problem.n, problem.k, element_bytes(problem.recipe), threads);
+  return zero_columns(problem.recipe, problem.gradients, shares, problem.k);
 }
 
 } // namespace rl_kernels

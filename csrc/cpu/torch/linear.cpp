@@ -37,8 +37,8 @@ at::Tensor mixed_linear(const at::Tensor &x, const Tensors &weights, const at::T
   at::Tensor y = empty_like_activation(x, weights[0].size(0));
   if (y.numel() == 0)
     return y;
-  const at::Tensor rows = as_rows(x);
-  cpu::Linear problem = describe_linear(rows, weights, coefficients, biases);
+  const at::Tensor rows = as_rows(x), read = as_read(coefficients, weights[0]);
+  cpu::Linear problem = describe_linear(rows, weights, read, biases);
   problem.x = rows.data_ptr();
   problem.x_stride = rows.stride(0);
   problem.out = y.data_ptr();
@@ -53,8 +53,8 @@ at::Tensor mixed_linear_dgrad(const at::Tensor &dy, const Tensors &weights, cons
     return dx;
   if (weights[0].size(0) == 0)
     return dx.zero_();
-  const at::Tensor rows = as_rows(dy);
-  cpu::Linear problem = describe_linear(rows, weights, coefficients, std::nullopt);
+  const at::Tensor rows = as_rows(dy), read = as_read(coefficients, weights[0]);
+  cpu::Linear problem = describe_linear(rows, weights, read, std::nullopt);
   problem.dy = rows.data_ptr();
   problem.dy_stride = rows.stride(0);
   problem.out = dx.data_ptr();
@@ -68,8 +68,8 @@ namespace {
 Gradients wgrad_and_dgrad(const at::Tensor &dy, const at::Tensor &x, const Tensors &weights,
                           const at::Tensor &coefficients, const Biases &biases, const Wanted &wanted, at::Tensor *dx) {
   Gradients outputs;
-  const at::Tensor rows = as_rows(x), rows_dy = as_rows(dy);
-  cpu::Linear problem = describe_linear(rows, weights, coefficients, biases);
+  const at::Tensor rows = as_rows(x), rows_dy = as_rows(dy), read = as_read(coefficients, weights[0]);
+  cpu::Linear problem = describe_linear(rows, weights, read, biases);
   problem.gradients = allocate_gradients(outputs, weights, coefficients, biases, wanted, at::MemoryFormat::Contiguous);
   problem.m = problem.n ? dy.numel() / problem.n : 0;
   problem.x = rows.data_ptr();
@@ -79,6 +79,8 @@ Gradients wgrad_and_dgrad(const at::Tensor &dy, const at::Tensor &x, const Tenso
   const cpu::Team threads = threads_for(multiplications(problem));
   const at::Tensor dots = zero_dots(problem, threads.threads);
   problem.dots = dots.data_ptr<double>();
+  const at::Tensor columns = zero_columns(problem, threads.threads);
+  problem.columns = columns.data_ptr<double>();
   if (dx != nullptr && problem.m > 0 && problem.m <= cpu::max_few_rows && weights[0].numel() > 0) {
     *dx = empty_like_activation(dy, problem.k);
     problem.out = dx->data_ptr();

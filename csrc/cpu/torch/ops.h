@@ -37,8 +37,11 @@ struct Wanted {
 const char *why_not_linear(const at::Tensor &activation, const Tensors &weights);
 const char *why_not_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry);
 // Why the vendor's kernels on mixed panels do better on a call that the kernels can compute; nullptr where they do not.
-const char *worse_linear(const at::Tensor &activation, const Tensors &weights);
-const char *worse_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry);
+// wgrad: whether the call is one.
+const char *worse_linear(const at::Tensor &activation, const Tensors &weights, const at::Tensor &coefficients,
+                         bool wgrad);
+const char *worse_conv(const at::Tensor &activation, const Tensors &weights, const at::Tensor &coefficients, bool wgrad,
+                       const Geometry &geometry);
 
 // Of a convolution's results. torch's rule: channels_last where the activation is, or the first source.
 at::MemoryFormat memory_format(const at::Tensor &activation, const Tensors &weights);

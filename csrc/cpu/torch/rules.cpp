@@ -25,6 +25,21 @@ const char *worse_in_bfloat16(const at::Tensor &activation, int64_t rows) {
   return native && many ? "bfloat16 on many rows" : nullptr;
 }
 
+// The gradients of Outer coefficients cost two steps an element for each r here, one vendor's product there: with a
+// high rank that outweighs G, unless many rows are summed into each of its elements.
+constexpr int64_t max_outer_rank = 8, rows_to_repay_ranks = 1024;
+
+const char *worse_in_rank(const at::Tensor &coefficients, int64_t rows) {
+  const bool high = coefficients.dim() == 3 && coefficients.size(1) > max_outer_rank;
+  return high && rows <= rows_to_repay_ranks ? "Outer coefficients of a rank above 8 on few rows" : nullptr;
+}
+
+const char *worse_on_rows(const at::Tensor &activation, int64_t channels, const at::Tensor &coefficients, bool wgrad) {
+  const int64_t rows = channels ? activation.numel() / channels : 0;
+  const char *reason = worse_in_bfloat16(activation, rows);
+  return reason == nullptr && wgrad ? worse_in_rank(coefficients, rows) : reason;
+}
+
 } // namespace
 
 const char *why_not_linear(const at::Tensor &activation, const Tensors &weights) {
@@ -49,16 +64,15 @@ const char *why_not_conv(const at::Tensor &activation, const Tensors &weights, c
   return kernels().conv_fits(problem) ? nullptr : "a filter with pieces larger than a thread's scratch";
 }
 
-const char *worse_linear(const at::Tensor &activation, const Tensors &) {
-  const int64_t features = activation.size(-1);
-  return worse_in_bfloat16(activation, features ? activation.numel() / features : 0);
+const char *worse_linear(const at::Tensor &activation, const Tensors &, const at::Tensor &coefficients, bool wgrad) {
+  return worse_on_rows(activation, activation.size(-1), coefficients, wgrad);
 }
 
-const char *worse_conv(const at::Tensor &activation, const Tensors &weights, const Geometry &geometry) {
+const char *worse_conv(const at::Tensor &activation, const Tensors &weights, const at::Tensor &coefficients, bool wgrad,
+                       const Geometry &geometry) {
   if (narrow_groups(activation, weights[0], geometry) && !WholeFilter::serves(activation, weights[0], geometry))
     return "few channels a group";
-  const int64_t channels = activation.size(1);
-  return worse_in_bfloat16(activation, channels ? activation.numel() / channels : 0);
+  return worse_on_rows(activation, activation.size(1), coefficients, wgrad);
 }
 
 } // namespace rl_kernels

@@ -17,14 +17,11 @@ constexpr int64_t max_filter_bytes = 1 << 20;
 
 // A filter whose rows lie as those of the recipe do.
 at::Tensor empty_filter(const at::Tensor &weight) {
-  int64_t out, in, tap;
-  weight_strides(weight, out, in, tap);
-  const int64_t channels = weight.size(1), taps = weight.numel() / (weight.size(0) * channels);
   at::DimVector sizes(weight.sizes());
-  if (taps == 1 || in != 1 || tap != channels)
+  if (!has_channels_innermost(weight))
     return at::empty(sizes, weight.options());
   sizes.erase(sizes.begin() + 1);
-  sizes.push_back(channels);
+  sizes.push_back(weight.size(1));
   return at::empty(sizes, weight.options()).movedim(-1, 1);
 }
 

@@ -18,6 +18,7 @@ class WholeFilter {
 public:
   static bool serves(const at::Tensor &activation, const at::Tensor &weight, const Geometry &geometry);
 
+  // The coefficients are as_read().
   WholeFilter(const Tensors &weights, const at::Tensor &coefficients, const Biases &biases, const Geometry &geometry);
 
   at::Tensor forward(const at::Tensor &x) const;

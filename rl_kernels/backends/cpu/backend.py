@@ -39,9 +39,7 @@ class Cpu(Backend):
         return EXTENSION.missing
 
     def why_not_call(self, call: Call) -> str | None:
-        """The recipe, types, layouts and sizes, as C++ finds them (``why_not_*`` in ``csrc/cpu/torch/rules.cpp``)."""
-        if call.recipe.is_outer:
-            return "no kernel for Outer coefficients"
+        """Types, layouts and sizes, as C++ finds them (``why_not_*`` in ``csrc/cpu/torch/rules.cpp``)."""
         activation, weights = call.activation, call.recipe.weights
         if call.geometry is None:
             reason = _C.why_not_linear(activation, weights)
@@ -53,21 +51,23 @@ class Cpu(Backend):
         """Shapes at which the vendor's kernels are faster (``worse_*`` in ``csrc/cpu/torch/rules.cpp``)."""
         if call is None:
             return None
-        activation, weights = call.activation, call.recipe.weights
+        arguments = (call.activation, call.recipe.weights, call.recipe.coefficients, call.wanted is not None)
         if call.geometry is None:
-            reason = _C.worse_linear(activation, weights)
+            reason = _C.worse_linear(*arguments)
         else:
-            reason = _C.worse_conv(activation, weights, *call.geometry)
+            reason = _C.worse_conv(*arguments, *call.geometry)
         return str(reason) if reason else None
 
     def exceptions(self, case: Case) -> str | None:
-        """Of ``worse``, and the recipe."""
-        passed_on = ["Outer coefficients"]
+        """Of ``worse``."""
+        passed_on = []
         if "conv" in case.op:
             passed_on.append("few channels a group" + " and filters above 1 MiB" * (case.dtype == torch.float32))
         if case.dtype == torch.bfloat16:
             passed_on.append("many rows, where the CPU multiplies bfloat16")
-        return f"not {', '.join(passed_on)}"
+        if case.op.endswith("wgrad"):
+            passed_on.append("Outer coefficients of a rank above 8 on few rows")
+        return f"not {', '.join(passed_on)}" if passed_on else None
 
 
 BACKEND = Cpu()
