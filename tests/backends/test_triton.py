@@ -13,7 +13,7 @@ import torch
 
 from rl_kernels.backends import triton
 from rl_kernels.backends.gpu.heuristics import use_config
-from rl_kernels.backends.triton.backend import MAX_SOURCES
+from rl_kernels.backends.triton.backend import MAX_SOURCES, MAX_TERMS
 from rl_kernels.backends.triton.configs import CONV_CONFIGS, RESIDENT_CONFIGS
 from rl_kernels.ops.values import Call, Geometry, Recipe
 
@@ -48,6 +48,14 @@ def test_more_sources_than_a_kernel_takes() -> None:
     for count, reason in ((MAX_SOURCES, None), (MAX_SOURCES + 1, "more than 8 sources")):
         call = Call.of("mixed_linear", (x, [weight] * count, torch.empty(count), None))
         assert triton.BACKEND.why_not_call(call) == reason
+
+
+def test_more_terms_of_outer_coefficients_than_a_kernel_takes() -> None:
+    x, weight = torch.empty(2, 3), torch.empty(4, 3)
+    reason = "Outer coefficients of more than 64 terms: 4 sources of rank 17"
+    for rank, expected in ((1, None), (MAX_TERMS // 4, None), (MAX_TERMS // 4 + 1, reason)):
+        call = Call.of("mixed_linear", (x, [weight] * 4, torch.empty(4, rank, 7), None))
+        assert triton.BACKEND.why_not_call(call) == expected
 
 
 @pytest.mark.parametrize("kernel", ["correlate_kernel", "resident_kernel"])

@@ -24,13 +24,15 @@ from rl_kernels.ops.values import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SOURCES = 8
+MAX_TERMS = 64
+"""Sources times the rank of ``Outer`` coefficients: every term is code, and takes registers, of a main loop."""
 CAPABILITY = (8, 0)
 OLDEST = (3, 6)
 """The first Triton that passes tuples of tensors to kernels as these use them."""
 
 KERNEL_FILES = (
     *("assembler.py", "linear.py", "conv.py", "dense.py", "depthwise.py", "resident.py"),
-    *("tile.py", "mix.py", "pixels.py", "epilogue.py", "configs.py"),
+    *("tile.py", "mix.py", "pixels.py", "epilogue.py", "outer.py", "configs.py"),
     *("../gpu/heuristics.py", "../gpu/convolution.py", "../gpu/operands.py"),
 )
 """The files that hold kernels, and those that choose which kernel runs and what it is compiled for."""
@@ -90,8 +92,9 @@ class Triton(Backend):
 
     def why_not_call(self, call: Call) -> str | None:
         """The recipe, the number of sources, or the age of the GPU."""
-        if call.recipe.is_outer:
-            return "no kernel for Outer coefficients"
+        n, rank = call.recipe.coefficients.shape[:2] if call.recipe.is_outer else (1, 1)
+        if n * rank > MAX_TERMS:
+            return f"Outer coefficients of more than {MAX_TERMS} terms: {n} sources of rank {rank}"
         if len(call.recipe.weights) > MAX_SOURCES:
             return f"more than {MAX_SOURCES} sources"
         device = call.activation.device
@@ -112,7 +115,7 @@ class Triton(Backend):
 
     def exceptions(self, case: Case) -> str | None:
         """The recipe, and the number of sources."""
-        return f"not Outer coefficients, more than {MAX_SOURCES} sources"
+        return f"not more than {MAX_SOURCES} sources, or {MAX_TERMS} terms (sources times rank) of Outer coefficients"
 
     def variants(self, op: str, dtype: torch.dtype) -> Variants:
         """As the heuristic chooses, and in every configuration that it may choose for two sources on this device."""
