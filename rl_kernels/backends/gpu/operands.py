@@ -41,7 +41,7 @@ class StridedRecipe:
         rank: R, of ``Outer`` coefficients; 0 of others.
         terms: N * R, the products that a coefficient of each source is summed from.
         strides: of the coefficients, from source to source and from channel to channel; of ``Outer`` ones from source
-            to source, in the rank, from channel to channel, and as the weights' from input to input and tap to tap.
+            to source, in the rank, from channel to channel, as the weights' from input to input and tap to tap; then R.
         bytes: of one element of every source.
     """
 
@@ -64,7 +64,7 @@ class StridedRecipe:
             right = right.unflatten(-1, whole[1:])
             right = right[(slice(None), slice(None), slice(None), *taps)] if taps else right
             self.coefficients, self.rank = (left, right), left.shape[1]
-            self.strides = (*left.stride(), *_five(right.stride()[1:])[1:])
+            self.strides = (*left.stride(), *_five(right.stride()[1:])[1:], self.rank)
         self.terms = len(self.weights) * self.rank
 
     def strides_of_features(self, transposed: bool) -> tuple[tuple[int, ...], ...]:

@@ -93,7 +93,7 @@ def depthwise_kernel(
             at_tap = coefficients_at_tap(coefficients, coefficient_strides, t_d, t_h, t_w, RANK)
             factors = ()
             for j in tl.static_range(N):
-                factor = outer_factor(at_tap, coefficient_strides, j, c, in_channels, 0, True, RANK, -1, -1)
+                factor = outer_factor(at_tap, coefficient_strides, j, c, in_channels, 0, True, -1, -1)
                 factors = factors + (factor,)
         weight = mixed_tile(here, offsets, factors, in_channels, N, dtype)
         from_here = activation + tap_offset(t_d, t_h, t_w, shift_steps, strides)

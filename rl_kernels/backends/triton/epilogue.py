@@ -76,9 +76,7 @@ def finish_tile(
             factor = factors[j]
         if (WANTED >> j) & 1:
             if RANK > 0:
-                factor = outer_factor(
-                    coefficients, coefficient_strides, j, channels, in_rows, inputs, in_columns, RANK, 0, 1
-                )
+                factor = outer_factor(coefficients, coefficient_strides, j, channels, in_rows, inputs, in_columns, 0, 1)
             strides = gradient_strides[j]
             to = gradients[j] + wide_first_o * strides[0] + wide_first_i * strides[1]
             offsets = o[:, None] * strides[0] + i[None, :] * strides[1]
@@ -96,7 +94,7 @@ def finish_tile(
             if RANK > 0:
                 store_shares(
                     products, dots, coefficients, coefficient_strides, j, channels, in_rows, inputs, in_columns,
-                    part, parts, out_channels, row_part, row_parts, k, all_k, RANK,
+                    part, parts, out_channels, row_part, row_parts, k, all_k,
                 )  # fmt: skip
             elif PER_CHANNEL:
                 tl.store(dots + share * out_channels + channels, tl.sum(products, 1), mask=in_rows)

@@ -30,7 +30,7 @@ def load_factors(coefficients, strides, channels, mask, N: tl.constexpr, PER_CHA
 def load_term(coefficients, strides, j, r, elements, mask, LEFT: tl.constexpr, AXIS: tl.constexpr):
     """Of Outer coefficients, (left, right): left at output channels or right at inputs, of source j and r of the rank.
 
-    strides: of source, rank, output channel, input, and a tap's three. AXIS: of a tile, that they lie along; or -1.
+    strides: of source, rank, output channel, input, a tap's three; then R. AXIS: of a tile, that they lie along; or -1.
     """
     if LEFT:
         part, step = coefficients[0], strides[2]
@@ -85,14 +85,13 @@ def outer_factor(
     in_channels,
     inputs,
     in_inputs,
-    RANK: tl.constexpr,
     LEFT_AXIS: tl.constexpr,
     RIGHT_AXIS: tl.constexpr,
 ):
-    """One of ``outer_factors`` by a loop, which keeps no more than one term at a time; for outside of main loops."""
+    """One of ``outer_factors`` by a loop, for outside of main loops: its end, R, is read lest it is unrolled."""
     left = load_term(coefficients, strides, j, 0, channels, in_channels, True, LEFT_AXIS)
     factor = left * load_term(coefficients, strides, j, 0, inputs, in_inputs, False, RIGHT_AXIS)
-    for r in tl.range(1, RANK):
+    for r in tl.range(1, strides[7]):
         left = load_term(coefficients, strides, j, r, channels, in_channels, True, LEFT_AXIS)
         factor += left * load_term(coefficients, strides, j, r, inputs, in_inputs, False, RIGHT_AXIS)
     return factor

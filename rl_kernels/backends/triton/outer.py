@@ -44,17 +44,19 @@ def store_shares(
     row_parts,
     k,
     all_k,
-    RANK: tl.constexpr,
 ):
     """A tile's shares of the gradients of source j's left and right, from its products G * W_j, 0 outside of the mask.
 
-    dots: (N * RANK, parts, out_channels), and (N * RANK, row_parts, all_k), whose k are taps by inputs.
+    dots: (N * R, parts, out_channels), and (N * R, row_parts, all_k), whose k are taps by inputs.
     """
-    for r in tl.range(0, RANK):
-        term = tl.cast(j * RANK + r, tl.int64)
-        left = load_term(coefficients, strides, j, r, channels, in_rows, True, 0)
+    # One after the other: beside a tile there are registers for the one or the other.
+    for r in tl.range(0, strides[7]):
+        term = tl.cast(strides[7] * j + r, tl.int64)
         right = load_term(coefficients, strides, j, r, inputs, in_columns, False, 1)
         tl.store(dots[0] + (term * parts + part) * out_channels + channels, tl.sum(products * right, 1), mask=in_rows)
+    for r in tl.range(0, strides[7]):
+        term = tl.cast(strides[7] * j + r, tl.int64)
+        left = load_term(coefficients, strides, j, r, channels, in_rows, True, 0)
         tl.store(dots[1] + (term * row_parts + row_part) * all_k + k, tl.sum(products * left, 0), mask=in_columns)
 
 

@@ -108,11 +108,11 @@ def resident_kernel(
             for j in tl.static_range(N):
                 if TRANSPOSED:
                     factor = outer_factor(
-                        at_tap, coefficient_strides, j, first_channel + c, in_channels, f, in_features, RANK, 1, 0
+                        at_tap, coefficient_strides, j, first_channel + c, in_channels, f, in_features, 1, 0
                     )
                 else:
                     factor = outer_factor(
-                        at_tap, coefficient_strides, j, first_feature + f, in_features, c, in_channels, RANK, 0, 1
+                        at_tap, coefficient_strides, j, first_feature + f, in_features, c, in_channels, 0, 1
                     )
                 factors = factors + (factor,)
         filters = filters + (mixed_tile(here, offsets, factors, mask, N, dtype),)
