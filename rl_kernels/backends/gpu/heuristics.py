@@ -253,11 +253,16 @@ def _choose(work: Work, configs: tuple[Config, ...], device: Device) -> Choice:
     return _choice(work, *candidates(work, configs, device)[0])
 
 
-def candidates(work: Work, configs: tuple[Config, ...], device: Device) -> list[tuple[Config, int]]:
-    """Every configuration and number of splits that may be chosen, the smallest estimate first."""
+def candidates(
+    work: Work, configs: tuple[Config, ...], device: Device, rereads: bool = False
+) -> list[tuple[Config, int]]:
+    """Every configuration and number of splits that may be chosen, the smallest estimate first.
+
+    ``rereads``: whether few columns may be those of several tiles.
+    """
     found: list[tuple[float, Config, int]] = []
     for config in dict.fromkeys(shortened(config, work) for config in configs):
-        reads_twice = config.columns < work.columns <= FEW_COLUMNS
+        reads_twice = config.columns < work.columns <= FEW_COLUMNS and not rereads
         if reads_twice or shared_bytes(work, config) > device.shared_bytes:
             continue
         for splits in SPLITS:
@@ -271,8 +276,8 @@ def candidates(work: Work, configs: tuple[Config, ...], device: Device) -> list[
             config._replace(depth=max(MIN_DEPTH, config.depth // 2), stages=max(2, config.stages - 1))
             for config in configs
         )
-        assert smaller != configs, f"configs: none fits {device.shared_bytes} bytes of shared memory"
-        return candidates(work, smaller, device)
+        assert smaller != configs or not rereads, f"configs: none fits {device.shared_bytes} bytes of shared memory"
+        return candidates(work, smaller, device, rereads=True)
     return [(config, splits) for _, config, splits in sorted(found, key=lambda entry: entry[0])]
 
 
