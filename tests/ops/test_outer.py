@@ -54,7 +54,7 @@ def mixed_by_hand(weights: Any, coefficients: rl.Outer) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", [*MIXING, *COMPILED, "auto"])
 def test_backend(backend: str, kind: str) -> None:
-    @settings(quiet, max_examples=SLOWLY_RUN.get(backend, 180) // 3)
+    @settings(quiet, max_examples=6 if backend in SLOWLY_RUN else 60)
     @given(case=cases(KINDS[kind], outer=True))
     def body(case: Case) -> None:
         check(case, backend)

@@ -186,13 +186,12 @@ def variants(ops: Collection[str] | None = None) -> Iterator[Variant]:
         {"dtype": torch.float32, "tf32": True},
         {"splits": 4},
         {"rank": 4},
-        {"sources": 1, "rank": 16},
     )
     for op in (op for op in ops if "linear" in op):
         usual = configs.configs_of(op)
         yield from (_linear(op, config) for config in usual)
         yield from (_linear(op, config, dtype=torch.float32) for config in configs.FLOAT32_CONFIGS)
-        yield from (_linear(op, usual[2], **recipe) for recipe in recipes)
+        yield from (_linear(op, usual[2], **recipe) for recipe in (*recipes, {"sources": 1, "rank": 16}))
     shapes: tuple[dict[str, Any], ...] = (
         {"kernel": (3,)},
         {"kernel": (3, 3, 3)},
