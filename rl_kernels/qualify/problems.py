@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rl_kernels.ops.mix import accumulate_dtype
 from rl_kernels.ops.shapes import conv_output_size
-from rl_kernels.ops.values import Call, Geometry, Recipe, Wanted
+from rl_kernels.ops.values import Call, Geometry, Outer, Recipe, Wanted
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Problem:
         halved: whether the sources are float32 under a half-precision activation, as autocast leaves them.
         wanted: the gradients of parameters that are asked for: ``"all"``, ``"last"`` (the last source's and bias's),
             ``"coefficients"`` or ``"biases"``.
+        rank: of ``Outer`` coefficients; 0 of others.
     """
 
     batch: int
@@ -53,6 +54,7 @@ class Problem:
     layout: str = "contiguous"
     halved: bool = False
     wanted: str = "all"
+    rank: int = 0
 
     def __str__(self) -> str:
         usual = Problem(0, 0, 0)
@@ -82,6 +84,8 @@ LINEAR_CHECKS = (
     Problem(26, 26, 257, wanted="coefficients", per_channel=True),
     Problem(257, 26, 13, wanted="biases"),
     Problem(26, 257, 257, halved=True),
+    Problem(26, 257, 257, rank=4),
+    Problem(257, 26, 13, sources=1, rank=16, wanted="coefficients"),
 )
 CONV_CHECKS = (
     Problem(2, 13, 26, (3, 3), (13, 9), padding=1),
@@ -104,6 +108,10 @@ CONV_CHECKS = (
     Problem(2, 26, 26, (3, 3), (9, 9), padding=1, wanted="coefficients", per_channel=True),
     Problem(2, 26, 13, (3, 3), (9, 9), stride=2, wanted="biases"),
     Problem(2, 13, 26, (3, 3), (9, 13), padding=1, halved=True),
+    Problem(2, 26, 26, (3, 3), (13, 9), stride=2, padding=1, rank=4, layout="channels_last"),
+    Problem(2, 13, 26, (3, 2), (9, 13), groups=2, padding=1, sources=1, rank=16),
+    Problem(2, 1, 1, (3, 3), (13, 9), groups=37, padding=1, rank=3, layout="channels_last"),
+    Problem(1, 257, 26, (1, 1), (5, 13), rank=2, layout="channels_last", wanted="coefficients"),
 )
 
 TOKENS = (1, 8, 64, 512, 4096)
@@ -190,8 +198,13 @@ class _Maker:
         if problem.layout == "channels_last":
             weights = [self.laid_out(weight) for weight in weights]
         biases = [self.random((out,), stored) for _ in range(problem.sources)] if problem.biased else None
+        mixing = accumulate_dtype(stored)
+        if problem.rank:
+            sizes = (out, math.prod(shape[1:]))
+            parts = (self.random((problem.sources, problem.rank, size), mixing) for size in sizes)
+            return Recipe(weights, Outer(*parts).joined(), biases)
         per_source = (out,) if problem.per_channel else ()
-        return Recipe(weights, self.random((problem.sources, *per_source), accumulate_dtype(stored)), biases)
+        return Recipe(weights, self.random((problem.sources, *per_source), mixing), biases)
 
     def activation(self, shape: Sequence[int]) -> Tensor:
         return self.laid_out(self.random(shape, self.dtype))

@@ -62,6 +62,21 @@ def test_every_choice_is_sound(configs: tuple[Config, ...], device: Device) -> N
         assert splits == 1 or 4 * splits * rows * columns <= heuristics.WORKSPACE_BYTES
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("configs", [PRODUCT_CONFIGS, FLOAT32_CONFIGS])
+def test_outer_coefficients_fit_as_well(configs: tuple[Config, ...], device: Device) -> None:
+    """Whatever the sources and the rank: where no configuration has room for them, a smaller one."""
+    for (sources, rank), size in itertools.product(((1, 1), (1, 64), (4, 16), (8, 8)), (2, 4)):
+        for rows, columns in itertools.product((1, 64, 4096), repeat=2):
+            work = Work(rows, columns, 4096, size * sources, size, size, 1.0, terms=sources * rank)
+            config, *_ = choose(work, configs, device)
+            assert heuristics.shared_bytes(work, config) <= device.shared_bytes
+            # What lies along both sides of a tile, in float32.
+            without = heuristics.shared_bytes(work._replace(terms=0), config)
+            side = 4 * sources * rank * (config.rows + config.depth)
+            assert heuristics.shared_bytes(work, config) == without + config.stages * side
+
+
 def test_large_products_take_the_large_tile() -> None:
     """Which reads the least through shared memory."""
     for work in (forward(8192, 4096, 4096), forward(16384, 8192, 8192)):

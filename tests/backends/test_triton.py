@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl_kernels.backends import triton
+from rl_kernels.backends import Case, triton
 from rl_kernels.backends.gpu.heuristics import use_config
 from rl_kernels.backends.triton.backend import MAX_SOURCES
 from rl_kernels.backends.triton.configs import CONV_CONFIGS, RESIDENT_CONFIGS
-from rl_kernels.ops.values import Call, Geometry, Recipe
+from rl_kernels.ops.values import Call, Geometry, Recipe, Wanted
 
 ROOM = Path(triton.__file__).parent
 CHOOSING = {"assembler.py", "configs.py", "heuristics.py", "convolution.py", "operands.py"}
@@ -48,6 +48,26 @@ def test_more_sources_than_a_kernel_takes() -> None:
     for count, reason in ((MAX_SOURCES, None), (MAX_SOURCES + 1, "more than 8 sources")):
         call = Call.of("mixed_linear", (x, [weight] * count, torch.empty(count), None))
         assert triton.BACKEND.why_not_call(call) == reason
+
+
+def test_more_terms_of_outer_coefficients_than_a_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, dy, weight = torch.empty(2, 3), torch.empty(2, 4), torch.empty(4, 3)
+    case = Case("mixed_linear", "cuda", torch.float32)
+    reason = "Outer coefficients of more than {} terms (sources times rank)"
+    for rank, cannot, slow in (
+        (1, None, None),
+        (4, None, None),
+        (5, None, reason.format(16)),
+        (16, None, reason.format(16)),
+        (17, reason.format(64), reason.format(16)),
+    ):
+        recipe = Recipe([weight] * 4, torch.empty(4, rank, 7))
+        call, wanted = Call("mixed_linear", x, recipe), Wanted([False] * 4, True, [])
+        assert triton.BACKEND.why_not_call(call) == cannot and triton.BACKEND.worse(case, call) == slow
+        wgrad = Call("mixed_linear_wgrad", dy, recipe, x=x, wanted=wanted)
+        assert triton.BACKEND.why_not_call(wgrad) == cannot and triton.BACKEND.worse(case, wgrad) is None
+    assert triton.BACKEND.worse(case) is None
 
 
 @pytest.mark.parametrize("kernel", ["correlate_kernel", "resident_kernel"])

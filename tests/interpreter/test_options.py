@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,12 +44,14 @@ KINDS = {
 class Layer:
     """A layer's tensors in float16, and what the reference makes of them in float64, each result once."""
 
-    def __init__(self, kind: Kind, sources: int, per_channel: bool, biased: bool):
+    def __init__(self, kind: Kind, sources: int, per_channel: bool, biased: bool, rank: int = 0):
         self.kind = kind
         out = kind.weight[0]
         self.x = halves(*kind.x)
         self.weights = [halves(*kind.weight) for _ in range(sources)]
-        self.coefficients = torch.randn((sources, out) if per_channel else (sources,))
+        columns = math.prod(kind.weight[1:])
+        shape = (sources, rank, out + columns) if rank else (sources, out) if per_channel else (sources,)
+        self.coefficients = torch.randn(shape)
         self.biases = [halves(out) for _ in range(sources)] if biased else None
         if kind.geometry:
             size = conv_output_size(kind.x[2:], kind.weight[2:], kind.geometry)
@@ -143,3 +146,13 @@ def test_every_option(kind: str, sources: int) -> None:
         for wanted in combinations(sources, biased):
             with use_config(TINY, draw.choice((1, 2))):
                 draw.choice(layers).check_wgrad(wanted, draw.choice(BUFFERS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_of_outer_coefficients(kind: str) -> None:
+    for sources, biased, rank in ((1, True, 5), (2, False, 1), (2, True, 3)):
+        layer, draw = Layer(KINDS[kind], sources, False, biased, rank), random.Random(0)
+        layer.check_products()
+        for wanted in combinations(sources, biased):
+            with use_config(TINY, draw.choice((1, 2))):
+                layer.check_wgrad(wanted, draw.choice(BUFFERS))

@@ -100,3 +100,18 @@ def test_resident(spread: Spread) -> None:
                 "mixed_conv", x.double(), [w.double() for w in weights], coefficients.double(), None, *geometry
             ),
         )
+
+
+def test_outer_coefficients(spread: Spread) -> None:
+    x, dy, weights = random(3, 20), random(3, 3), [random(3, 20) for _ in range(2)]
+    coefficients, masks = torch.randn(2, 2, 23), ([False, False], True, [])
+    wide = [w.double() for w in weights], coefficients.double()
+    with use_config(Config(16, 16, 16, 4, 2)):
+        far = [spread(weights[0]), weights[1]]
+        assert_close(
+            run_triton("mixed_linear", x, far, coefficients, None),
+            run_reference("mixed_linear", x.double(), *wide, None),
+        )
+        found = run_triton("mixed_linear_wgrad", dy, x, far, coefficients, None, *masks)
+        expected = run_reference("mixed_linear_wgrad", dy.double(), x.double(), *wide, None, *masks)
+        assert_close(found[1], expected[1])

@@ -25,10 +25,12 @@ from rl_kernels.testing import peak_memory
 from tests.ops.body import Case, cases, check
 from tests.ops.test_gradcheck import CONVOLUTIONS, flat
 from tests.ops.test_memory import CASES, MEBI, bound
-from tests.ops.test_property import KINDS, quiet, small_panels
+from tests.ops.test_property import KINDS, SLOWLY_RUN, quiet, small_panels
 
 MIXING = ("reference", "streamed", "cpu")
 """The backends that have these coefficients."""
+COMPILED = ("triton",)
+"""Those that have them for GPUs, or in an interpreter."""
 PARTS = ("left", "right")
 
 
@@ -50,9 +52,9 @@ def mixed_by_hand(weights: Any, coefficients: rl.Outer) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", [*MIXING, "auto"])
+@pytest.mark.parametrize("backend", [*MIXING, *COMPILED, "auto"])
 def test_backend(backend: str, kind: str) -> None:
-    @settings(quiet, max_examples=60)
+    @settings(quiet, max_examples=6 if backend in SLOWLY_RUN else 60)
     @given(case=cases(KINDS[kind], outer=True))
     def body(case: Case) -> None:
         check(case, backend)
@@ -112,7 +114,7 @@ def test_each_gradient(backend: str, base: Case) -> None:
         check(Case(**{**vars(base), "rank": 2, **wanted}), backend)
 
 
-@pytest.mark.parametrize("backend", MIXING)
+@pytest.mark.parametrize("backend", [*MIXING, *COMPILED])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_ones_on_the_right_are_coefficients_per_channel(dtype: torch.dtype, backend: str) -> None:
     x, dy = torch.randn(7, 13).to(dtype), torch.randn(7, 5).to(dtype)
@@ -305,7 +307,7 @@ def test_memory_of_a_weights_gradient(backend: str) -> None:
 def test_backends_without_the_mix_say_so() -> None:
     x, weight, coefficients = torch.randn(3, 7), torch.randn(5, 7), outer(1, 2, (5, 7), torch.float32)
     for backend in registered():
-        if backend.name in MIXING:
+        if backend.name in (*MIXING, *COMPILED):
             continue
         case = next(service.case for service in rl.services("cpu") if service.case.op == "mixed_linear")
         reason = (

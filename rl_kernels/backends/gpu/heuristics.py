@@ -74,6 +74,8 @@ SHARED_BYTES = 128
 """Bytes of shared memory that a multiprocessor reads or writes in a cycle."""
 MIXED_BYTES = 64
 """Bytes of sources that a multiprocessor mixes in a cycle: to float32, multiplied, added and rounded."""
+TERMS = 128
+"""Terms of ``Outer`` coefficients that it multiplies and adds in a cycle."""
 START = 2000.0
 """Cycles that a program takes to fill its pipeline and to finish its tile; a further launch takes twice that."""
 
@@ -92,6 +94,7 @@ class Work(NamedTuple):
         taps: over which the sum goes as well, each as deep.
         repeats: such products side by side: a convolution's groups.
         max_splits: the most parts of the sum.
+        terms: of ``Outer`` coefficients, N * R: the products that are summed for what a row and step are mixed by.
     """
 
     rows: int
@@ -104,6 +107,7 @@ class Work(NamedTuple):
     taps: int = 1
     repeats: int = 1
     max_splits: int = 32
+    terms: int = 0
 
 
 class Choice(NamedTuple):
@@ -171,7 +175,9 @@ def recording() -> Iterator[dict[tuple[Work, Device], tuple[Config, ...]]]:
 def shared_bytes(work: Work, config: Config) -> int:
     """Shared memory that a program takes: its pipeline's stages, and the mixed tile on its way to the products."""
     step = config.rows * work.row_bytes + config.columns * work.column_bytes
-    return config.depth * (config.stages * step + config.rows * work.scratch_bytes)
+    # Of ``Outer`` coefficients, in float32, what lies along both sides of the tile comes through the pipeline as well.
+    terms = 4 * config.stages * work.terms * (config.rows + config.depth)
+    return config.depth * (config.stages * step + config.rows * work.scratch_bytes) + terms
 
 
 def estimate(work: Work, config: Config, splits: int, device: Device) -> float:
@@ -204,7 +210,7 @@ def limits(work: Work, config: Config, device: Device) -> dict[str, float]:
         "matrix instructions": config.rows * config.columns * config.depth * work.slowness / device.products,
         "L2": config.depth * loaded / device.load_bytes,
         "shared memory": config.depth * (loaded + read) / SHARED_BYTES,
-        "mixing": config.depth * mixed / MIXED_BYTES,
+        "mixing": config.depth * mixed / MIXED_BYTES + config.depth * config.rows * work.terms / TERMS,
     }
 
 
@@ -247,11 +253,16 @@ def _choose(work: Work, configs: tuple[Config, ...], device: Device) -> Choice:
     return _choice(work, *candidates(work, configs, device)[0])
 
 
-def candidates(work: Work, configs: tuple[Config, ...], device: Device) -> list[tuple[Config, int]]:
-    """Every configuration and number of splits that may be chosen, the smallest estimate first."""
+def candidates(
+    work: Work, configs: tuple[Config, ...], device: Device, rereads: bool = False
+) -> list[tuple[Config, int]]:
+    """Every configuration and number of splits that may be chosen, the smallest estimate first.
+
+    ``rereads``: whether few columns may be those of several tiles.
+    """
     found: list[tuple[float, Config, int]] = []
     for config in dict.fromkeys(shortened(config, work) for config in configs):
-        reads_twice = config.columns < work.columns <= FEW_COLUMNS
+        reads_twice = config.columns < work.columns <= FEW_COLUMNS and not rereads
         if reads_twice or shared_bytes(work, config) > device.shared_bytes:
             continue
         for splits in SPLITS:
@@ -260,7 +271,13 @@ def candidates(work: Work, configs: tuple[Config, ...], device: Device) -> list[
             if splits > 1 and (splits > work.max_splits or too_short or too_large):
                 break
             found.append((estimate(work, config, splits, device), config, splits))
-    assert found, f"configs: none fits {device.shared_bytes} bytes of shared memory"
+    if not found:  # Very many sources, or terms of Outer coefficients.
+        smaller = tuple(
+            config._replace(depth=max(MIN_DEPTH, config.depth // 2), stages=max(2, config.stages - 1))
+            for config in configs
+        )
+        assert smaller != configs or not rereads, f"configs: none fits {device.shared_bytes} bytes of shared memory"
+        return candidates(work, smaller, device, rereads=True)
     return [(config, splits) for _, config, splits in sorted(found, key=lambda entry: entry[0])]
 
 

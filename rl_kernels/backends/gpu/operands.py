@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from rl_kernels.ops.shapes import empty_gradients
-from rl_kernels.ops.values import Gradients, Recipe, Wanted
+from rl_kernels.ops.values import Gradients, Outer, Recipe, Wanted
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:
     """Strides of (batch or out, channel, depth, height, width); 0 for dimensions that the tensor lacks."""
-    strides = tensor.stride()
+    return _five(tensor.stride())
+
+
+def _five(strides: tuple[int, ...]) -> tuple[int, ...]:
     return strides[:2] + (0,) * (5 - len(strides)) + strides[2:]
 
 
@@ -31,22 +34,38 @@ class StridedRecipe:
     Attributes:
         weights: the sources.
         weight_strides: of each source, as ``strides_of``.
-        coefficients: ``(N,)`` or ``(N, out)``.
+        coefficients: ``(N,)`` or ``(N, out)``; of ``Outer`` ones left, ``(N, R, out)``, and right, shaped as
+            ``(N, R, in, *taps)``.
         biases: N vectors, or None.
         per_channel: whether each output channel has coefficients of its own.
-        strides: of the coefficients, from source to source and from channel to channel.
+        rank: R, of ``Outer`` coefficients; 0 of others.
+        terms: N * R, the products that a coefficient of each source is summed from.
+        strides: of the coefficients, from source to source and from channel to channel; of ``Outer`` ones from source
+            to source, in the rank, from channel to channel, as the weights' from input to input and tap to tap; then R.
         bytes: of one element of every source.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, taps: Sequence[slice] = ()):
+        """``taps``: which of a filter's are meant, in each of its dimensions; without them all."""
         # This is built anew in every eager call: lists, which are faster than generators.
-        weights, self.coefficients, self.biases = recipe
+        weights, coefficients, self.biases = recipe
+        whole = weights[0].shape
+        if taps:
+            weights = [weight[(slice(None), slice(None), *taps)] for weight in weights]
         self.weights = tuple(weights)
         self.weight_strides = tuple([strides_of(weight) for weight in weights])
-        strides = self.coefficients.stride()
-        self.per_channel = len(strides) == 2
-        self.strides = strides if self.per_channel else (strides[0], 0)
         self.bytes = sum([weight.element_size() for weight in weights])
+        self.coefficients: Tensor | tuple[Tensor, Tensor] = coefficients
+        strides = coefficients.stride()
+        self.per_channel, self.rank = len(strides) == 2, 0
+        self.strides: tuple[int, ...] = strides if self.per_channel else (strides[0], 0)
+        if recipe.is_outer:
+            left, right = Outer.of(coefficients, whole[0])
+            right = right.unflatten(-1, whole[1:])
+            right = right[(slice(None), slice(None), slice(None), *taps)] if taps else right
+            self.coefficients, self.rank = (left, right), left.shape[1]
+            self.strides = (*left.stride(), *_five(right.stride()[1:])[1:], self.rank)
+        self.terms = len(self.weights) * self.rank
 
     def strides_of_features(self, transposed: bool) -> tuple[tuple[int, ...], ...]:
         """Strides of (feature, channel, depth, height, width), for W or, transposed, for the recipe of dgrad."""

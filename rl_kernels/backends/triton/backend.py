@@ -24,13 +24,17 @@ from rl_kernels.ops.values import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SOURCES = 8
+MAX_TERMS = 64
+"""Sources times the rank of ``Outer`` coefficients: every term is code, and takes registers, of a main loop."""
+MAX_FAST_TERMS = 16
+"""With more of them the main loops of forward and dgrad move spilled registers, in all tiles that were looked at."""
 CAPABILITY = (8, 0)
 OLDEST = (3, 6)
 """The first Triton that passes tuples of tensors to kernels as these use them."""
 
 KERNEL_FILES = (
     *("assembler.py", "linear.py", "conv.py", "dense.py", "depthwise.py", "resident.py"),
-    *("tile.py", "mix.py", "pixels.py", "epilogue.py", "configs.py"),
+    *("tile.py", "mix.py", "pixels.py", "epilogue.py", "outer.py", "configs.py"),
     *("../gpu/heuristics.py", "../gpu/convolution.py", "../gpu/operands.py"),
 )
 """The files that hold kernels, and those that choose which kernel runs and what it is compiled for."""
@@ -68,6 +72,12 @@ def _assembler() -> Any:
     return importlib.import_module("rl_kernels.backends.triton.assembler")
 
 
+def _terms(call: Call) -> int:
+    """Of ``Outer`` coefficients; 0 of others."""
+    n, rank, *_ = call.recipe.coefficients.shape if call.recipe.is_outer else (0, 0)
+    return n * rank
+
+
 class Triton(Backend):
     """The Triton kernels."""
 
@@ -90,8 +100,8 @@ class Triton(Backend):
 
     def why_not_call(self, call: Call) -> str | None:
         """The recipe, the number of sources, or the age of the GPU."""
-        if call.recipe.is_outer:
-            return "no kernel for Outer coefficients"
+        if _terms(call) > MAX_TERMS:
+            return f"Outer coefficients of more than {MAX_TERMS} terms (sources times rank)"
         if len(call.recipe.weights) > MAX_SOURCES:
             return f"more than {MAX_SOURCES} sources"
         device = call.activation.device
@@ -100,8 +110,12 @@ class Triton(Backend):
         return None
 
     def worse(self, case: Case, call: Call | None = None) -> str | None:
-        """Triton's interpreter is for tests."""
-        return "interpreted (TRITON_INTERPRET=1)" if _is_interpreted() else None
+        """Triton's interpreter is for tests; a main loop holds so many terms of ``Outer`` coefficients."""
+        if _is_interpreted():
+            return "interpreted (TRITON_INTERPRET=1)"
+        if call is None or call.op.endswith("wgrad") or _terms(call) <= MAX_FAST_TERMS:
+            return None
+        return f"Outer coefficients of more than {MAX_FAST_TERMS} terms (sources times rank)"
 
     def watched(self) -> contextlib.AbstractContextManager[list[str]]:
         """Hazards in what was compiled for Hopper."""
@@ -112,7 +126,8 @@ class Triton(Backend):
 
     def exceptions(self, case: Case) -> str | None:
         """The recipe, and the number of sources."""
-        return f"not Outer coefficients, more than {MAX_SOURCES} sources"
+        terms = f"{MAX_TERMS} terms (sources times rank) of Outer coefficients, {MAX_FAST_TERMS} of forward and dgrad"
+        return f"not more than {MAX_SOURCES} sources, or {terms} by itself"
 
     def variants(self, op: str, dtype: torch.dtype) -> Variants:
         """As the heuristic chooses, and in every configuration that it may choose for two sources on this device."""

@@ -28,8 +28,9 @@ from rl_kernels.backends.gpu.convolution import (
 from rl_kernels.backends.gpu.heuristics import Work
 from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe, arithmetic, on_device
 from rl_kernels.backends.triton import dense, depthwise, linear, resident
-from rl_kernels.backends.triton.configs import choose_resident
+from rl_kernels.backends.triton.configs import CONV_WGRAD_CONFIGS, choose_resident, usable
 from rl_kernels.backends.triton.epilogue import Epilogue
+from rl_kernels.backends.triton.outer import Panel, panels
 from rl_kernels.ops.shapes import conv_memory_format, empty_conv_input, empty_conv_output
 from rl_kernels.ops.values import Geometry, Gradients, Recipe, Wanted
 
@@ -76,10 +77,10 @@ def _phases(dx: Tensor, dy: Tensor, recipe: Recipe, geometry: Geometry) -> list[
         if set(geometry.stride) == {1}:  # One phase, of all pixels and taps: no view of any tensor is needed.
             correlation = Correlation.of(dy, dx, weight, shifts, shift_steps, ones)
             return [_Phase(None, StridedRecipe(recipe), correlation)]
-        of_phase = recipe._replace(weights=[each[(*channels, *taps)] for each in recipe.weights])
+        of_phase = StridedRecipe(recipe, taps)
         target = dx[(*channels, *pixels)]
         correlation = Correlation.of(dy, target, of_phase.weights[0], shifts, shift_steps, ones)
-        found.append(_Phase((*channels, *pixels), StridedRecipe(of_phase), correlation))
+        found.append(_Phase((*channels, *pixels), of_phase, correlation))
     return found
 
 
@@ -100,16 +101,19 @@ def mixed_conv_wgrad(
     if weight.shape[0] == 0:
         buffers.gradients.coefficients.zero_()
         return buffers.gradients
-    strided, correlation = StridedRecipe(recipe), Correlation.of_forward(x, dy, weight, geometry)
+    correlation = Correlation.of_forward(x, dy, weight, geometry)
+    tiles = usable(CONV_WGRAD_CONFIGS, arithmetic(x.dtype, convolution=True))
     with on_device(x):
-        if weight.numel() == 0 or not wanted.product:
-            epilogue = Epilogue(strided, buffers, 0, 0)
-        elif weight.shape[1] == 1 and weight.shape[0] == geometry.groups:
-            epilogue = depthwise.wgrad(dy, x, strided, buffers, correlation)
-        else:
-            epilogue = dense.wgrad(dy, x, strided, buffers, correlation, geometry.groups)
-        sums = dy.sum([0, *range(2, dy.dim())], dtype=torch.float32)[None] if wanted.sums(recipe) else None
-        epilogue.finish(sums)
+        for part in panels(Panel(dy, x, recipe, buffers, geometry.groups), tiles):
+            strided = StridedRecipe(part.recipe)
+            if weight.numel() == 0 or not wanted.product:
+                epilogue = Epilogue(strided, part.buffers, 0, 0)
+            elif weight.shape[1] == 1 and weight.shape[0] == geometry.groups:
+                epilogue = depthwise.wgrad(part.dy, part.x, strided, part.buffers, correlation)
+            else:
+                epilogue = dense.wgrad(part.dy, part.x, strided, part.buffers, correlation, part.groups)
+            within = [0, *range(2, dy.dim())]
+            epilogue.finish(part.dy.sum(within, dtype=torch.float32)[None] if wanted.sums(recipe) else None)
     return buffers.gradients
 
 
@@ -173,6 +177,7 @@ def correlate(
         taps=math.prod(correlation.taps),
         repeats=groups,
         max_splits=heuristics.SPLITS[-1] if _is_dense(out) else 1,
+        terms=recipe.terms,
     )
     on_chip = choose_resident(work, heuristics.device_of(activation.device))
     if on_chip is None:

@@ -20,9 +20,10 @@ from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe, ari
 from rl_kernels.backends.triton.assembler import assembled, sound_configs
 from rl_kernels.backends.triton.configs import CONV_CONFIGS, CONV_WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile
-from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.triton.mix import load_factors, load_terms, mixed_bias, mixed_tile, outer_factors
 from rl_kernels.backends.triton.pixels import (
     UNSPECIALISED,
+    coefficients_at_tap,
     is_inside,
     pixel_of,
     pixel_offset,
@@ -56,12 +57,12 @@ def correlate_kernel(
     strides,
     out_strides,
     weight_strides,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     bias_strides,
     N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DIMENSIONS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -76,8 +77,9 @@ def correlate_kernel(
     """out[n, feature, pixel] = sum over taps and channels of activation[n, channel, input pixel] * W, for one group.
 
     features and channels are a group's. W is read as (feature, channel, tap). TRANSPOSED: the output channel of W is
-    the channel that is summed. EVEN: channels are a multiple of their block. WIDE: offsets may pass 2^31. A split takes
-    ``steps`` of the sum's blocks, of which there are ``all_steps``, to an output of its own, ``split_stride`` apart.
+    the channel that is summed. RANK: of Outer coefficients, (left, right); or 0. EVEN: channels are a multiple of their
+    block. WIDE: offsets may pass 2^31. A split takes ``steps`` of the sum's blocks, of which there are ``all_steps``,
+    to an output of its own, ``split_stride`` apart.
     """
     # Which tile, and which part of the sum.
     feature_tiles, pixel_tiles = tl.cdiv(features, BLOCK_FEATURES), tl.cdiv(pixels, BLOCK_PIXELS)
@@ -108,13 +110,15 @@ def correlate_kernel(
         pointers = pointers + (weights[j] + shift + first_feature.to(tl.int64) * weight_strides[j][0],)
         offsets = offsets + (f[:, None] * weight_strides[j][0] + c[None, :] * weight_strides[j][1],)
     coefficient_channels = group * features + first_feature + f
-    if PER_CHANNEL and not TRANSPOSED:
-        rows = load_factors(coefficients, source_stride, channel_stride, coefficient_channels, in_features, N, True)
+    if RANK > 0 and not TRANSPOSED:
+        rows = load_terms(coefficients, coefficient_strides, coefficient_channels, in_features, N, RANK, True, 0)
+    elif PER_CHANNEL and not TRANSPOSED:
+        rows = load_factors(coefficients, coefficient_strides, coefficient_channels, in_features, N, True, 0)
         factors = ()
         for j in tl.static_range(N):
             factors = factors + (rows[j][:, None],)
-    elif not PER_CHANNEL:
-        factors = load_factors(coefficients, source_stride, channel_stride, 0, True, N, False)
+    elif RANK == 0 and not PER_CHANNEL:
+        factors = load_factors(coefficients, coefficient_strides, 0, True, N, False, 0)
 
     # The sum.
     dtype: tl.constexpr = activation.dtype.element_ty
@@ -132,9 +136,17 @@ def correlate_kernel(
             here = here + (shifted[j] + tl.cast(start, tl.int64) * weight_strides[j][1],)
         from_here = activation + tl.cast(start, tl.int64) * strides[1] + tap_offset(t_d, t_h, t_w, shift_steps, strides)
         in_channels = start + c < channels
-        if PER_CHANNEL and TRANSPOSED:
+        if RANK > 0:
+            at_tap = coefficients_at_tap(coefficients, coefficient_strides, t_d, t_h, t_w, RANK)
+            known = True if EVEN else in_channels
+            first_channel = group * channels + start if TRANSPOSED else start
+            if TRANSPOSED:
+                rows = load_terms(at_tap, coefficient_strides, first_feature + f, in_features, N, RANK, False, 0)
+            columns = load_terms(at_tap, coefficient_strides, first_channel + c, known, N, RANK, TRANSPOSED, 1)
+            factors = outer_factors(rows, columns, N, RANK)
+        elif PER_CHANNEL and TRANSPOSED:
             columns = load_factors(
-                coefficients, source_stride, channel_stride, group * channels + start + c, in_channels, N, True
+                coefficients, coefficient_strides, group * channels + start + c, in_channels, N, True, 0
             )
             factors = ()
             for j in tl.static_range(N):
@@ -149,9 +161,7 @@ def correlate_kernel(
 
     # The bias, and where the tile goes.
     if HAS_BIAS:
-        rows = load_factors(
-            coefficients, source_stride, channel_stride, coefficient_channels, in_features, N, PER_CHANNEL
-        )
+        rows = load_factors(coefficients, coefficient_strides, coefficient_channels, in_features, N, PER_CHANNEL, RANK)
         total += mixed_bias(biases, bias_strides, rows, coefficient_channels, in_features, N, dtype)[:, None]
     # The pixels anew, and written otherwise, for the compiler not to keep across the loop what it would find again.
     p = tl.arange(0, BLOCK_PIXELS) - (0 - column) * BLOCK_PIXELS
@@ -188,10 +198,10 @@ def wgrad_kernel(
     dy_strides,
     gradient_strides,
     weight_strides,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     N: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     WANTED: tl.constexpr,
     ADDED: tl.constexpr,
     DOTS: tl.constexpr,
@@ -251,7 +261,7 @@ def wgrad_kernel(
         offsets = o[:, None] * in_features + i[None, :]
         tl.store(partial + offsets, g, mask=in_rows[:, None] & in_columns[None, :])
     else:
-        if PER_CHANNEL:
+        if PER_CHANNEL or RANK > 0:
             part, parts = column * all_taps + tap, columns * all_taps
         else:
             part, parts = tl.program_id(0), tl.num_programs(0)
@@ -259,8 +269,10 @@ def wgrad_kernel(
             g,
             tap_pointers(gradients, gradient_strides, t_d, t_h, t_w, N),
             tap_pointers(weights, weight_strides, t_d, t_h, t_w, N),
-            coefficients, dots, first_out, first_in, in_rows, in_columns, part, parts, out_channels,
-            gradient_strides, weight_strides, source_stride, channel_stride, N, PER_CHANNEL, WANTED, ADDED, DOTS, FAR,
+            coefficients_at_tap(coefficients, coefficient_strides, t_d, t_h, t_w, RANK),
+            dots, first_out, first_in, in_rows, in_columns, part, parts, out_channels,
+            group * rows + row, groups * rows, tap * in_features + first_in, all_taps * in_features,
+            gradient_strides, weight_strides, coefficient_strides, N, PER_CHANNEL, RANK, WANTED, ADDED, DOTS, FAR,
         )  # fmt: skip
 
 
@@ -297,11 +309,12 @@ def correlate(
         strides_of(activation),
         strides_of(out),
         recipe.strides_of_features(transposed),
-        *recipe.strides,
+        recipe.strides,
         bias_strides,
         N=len(recipe.weights),
         TRANSPOSED=transposed,
         PER_CHANNEL=recipe.per_channel,
+        RANK=recipe.rank,
         HAS_BIAS=recipe.biases is not None and splits == 1,
         DIMENSIONS=out.dim() - 2,
         EVEN=work.depth % config.depth == 0,
@@ -362,7 +375,7 @@ def wgrad(
         wgrad_kernel[(tiles, splits)](
             epilogue.gradients,
             partial[turn * splits :] if split else partial,
-            epilogue.dots,
+            epilogue.shares,
             near_dy,
             near_x,
             recipe.weights,
@@ -377,7 +390,7 @@ def wgrad(
             strides_of(near_dy),
             epilogue.gradient_strides,
             recipe.weight_strides,
-            *recipe.strides,
+            recipe.strides,
             **epilogue.flags,
             SPLIT=split,
             DIMENSIONS=x.dim() - 2,

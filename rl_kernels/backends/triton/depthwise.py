@@ -14,9 +14,10 @@ from rl_kernels.backends.gpu.convolution import Correlation
 from rl_kernels.backends.gpu.heuristics import Config, Device, cdiv
 from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe, is_far, strides_of
 from rl_kernels.backends.triton.epilogue import Epilogue
-from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile, outer_factor
 from rl_kernels.backends.triton.pixels import (
     UNSPECIALISED,
+    coefficients_at_tap,
     is_inside,
     pixel_of,
     pixel_offset,
@@ -47,11 +48,11 @@ def depthwise_kernel(
     strides,
     out_strides,
     weight_strides,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     bias_strides,
     N: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DIMENSIONS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -76,7 +77,9 @@ def depthwise_kernel(
     offsets = ()
     for j in tl.static_range(N):
         offsets = offsets + (c * weight_strides[j][0],)
-    factors = load_factors(coefficients, source_stride, channel_stride, c, in_channels, N, PER_CHANNEL)
+    of_biases = load_factors(coefficients, coefficient_strides, c, in_channels, N, PER_CHANNEL, RANK)
+    if RANK == 0:
+        factors = of_biases
 
     # The sum.
     dtype: tl.constexpr = activation.dtype.element_ty
@@ -86,6 +89,12 @@ def depthwise_kernel(
         at_d, at_h, at_w = t_d * shift_steps[0], t_h * shift_steps[1], t_w * shift_steps[2]
         inside = in_pixels & is_inside(from_d + at_d, from_h + at_h, from_w + at_w, sizes, DIMENSIONS)
         here = tap_pointers(weights, weight_strides, t_d, t_h, t_w, N)
+        if RANK > 0:
+            at_tap = coefficients_at_tap(coefficients, coefficient_strides, t_d, t_h, t_w, RANK)
+            factors = ()
+            for j in tl.static_range(N):
+                factor = outer_factor(at_tap, coefficient_strides, j, c, in_channels, 0, True, -1, -1)
+                factors = factors + (factor,)
         weight = mixed_tile(here, offsets, factors, in_channels, N, dtype)
         from_here = activation + tap_offset(t_d, t_h, t_w, shift_steps, strides)
         tile = tl.load(from_here + activation_offsets, mask=in_channels[:, None] & inside[None, :], other=0.0)
@@ -93,7 +102,7 @@ def depthwise_kernel(
 
     # The bias, and where the block goes.
     if HAS_BIAS:
-        total += mixed_bias(biases, bias_strides, factors, c, in_channels, N, dtype)[:, None]
+        total += mixed_bias(biases, bias_strides, of_biases, c, in_channels, N, dtype)[:, None]
     out_offsets = c[:, None] * out_strides[1] + pixel_offset(n, d, h, w, out_strides)[None, :]
     tl.store(out + out_offsets, total.to(out.dtype.element_ty), mask=in_channels[:, None] & in_pixels[None, :])
 
@@ -169,10 +178,11 @@ def correlate(out: Tensor, activation: Tensor, recipe: StridedRecipe, correlatio
         strides_of(activation),
         strides_of(out),
         recipe.weight_strides,
-        *recipe.strides,
+        recipe.strides,
         bias_strides,
         N=len(recipe.weights),
         PER_CHANNEL=recipe.per_channel,
+        RANK=recipe.rank,
         HAS_BIAS=recipe.biases is not None,
         DIMENSIONS=out.dim() - 2,
         WIDE=is_far(out, activation, *recipe.weights),

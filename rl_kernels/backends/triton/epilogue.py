@@ -16,9 +16,11 @@ from torch import Tensor
 
 from rl_kernels.backends.gpu.heuristics import Config, cdiv
 from rl_kernels.backends.gpu.operands import GradientBuffers, StridedRecipe, bits, is_wide, strides_of
-from rl_kernels.backends.triton.mix import load_factors
-from rl_kernels.backends.triton.pixels import tap_of, tap_pointers
+from rl_kernels.backends.triton.mix import load_factors, outer_factor
+from rl_kernels.backends.triton.outer import store_shares, sum_shares
+from rl_kernels.backends.triton.pixels import coefficients_at_tap, tap_of, tap_pointers
 from rl_kernels.backends.triton.tile import wgrad_tile
+from rl_kernels.ops.values import Outer
 
 BLOCK = 1024
 """Elements that a program of ``finish_coefficients_kernel`` sums at a time."""
@@ -38,12 +40,16 @@ def finish_tile(
     part,
     parts,
     out_channels,
+    row_part,
+    row_parts,
+    first_k,
+    all_k,
     gradient_strides,
     weight_strides,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     N: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     WANTED: tl.constexpr,
     ADDED: tl.constexpr,
     DOTS: tl.constexpr,
@@ -51,9 +57,9 @@ def finish_tile(
 ):
     """From a tile of G, from (first_o, first_i) on, every gradient wanted, ``c_j * G``, and the share of <G, W_j>.
 
-    gradients and weights point to the tile's tap. WANTED has bit j set where source j wants its gradient,
-    ADDED where it is added to what is there. dots, if DOTS: (N, parts, out_channels) if PER_CHANNEL, else (N, parts).
-    FAR: offsets within the tile may pass 2^31.
+    gradients, weights and Outer coefficients point to the tile's tap. WANTED has bit j set where source j wants its
+    gradient, ADDED where it is added to what is there. dots, if DOTS: (N, parts, out_channels) if PER_CHANNEL, else
+    (N, parts); of Outer coefficients two, as ``store_shares`` says. FAR: offsets within the tile may pass 2^31.
     """
     mask = in_rows[:, None] & in_columns[None, :]
     o, i = tl.arange(0, g.shape[0]), tl.arange(0, g.shape[1])
@@ -61,13 +67,16 @@ def finish_tile(
     if FAR:
         o, i = o.to(tl.int64), i.to(tl.int64)
     wide_first_o, wide_first_i = tl.cast(first_o, tl.int64), tl.cast(first_i, tl.int64)
-    factors = load_factors(coefficients, source_stride, channel_stride, channels, in_rows, N, PER_CHANNEL)
+    inputs, k = first_i + i, first_k + i
+    factors = load_factors(coefficients, coefficient_strides, channels, in_rows, N, PER_CHANNEL, RANK)
     for j in tl.static_range(N):
         if PER_CHANNEL:
             factor = factors[j][:, None]
         else:
             factor = factors[j]
         if (WANTED >> j) & 1:
+            if RANK > 0:
+                factor = outer_factor(coefficients, coefficient_strides, j, channels, in_rows, inputs, in_columns, 0, 1)
             strides = gradient_strides[j]
             to = gradients[j] + wide_first_o * strides[0] + wide_first_i * strides[1]
             offsets = o[:, None] * strides[0] + i[None, :] * strides[1]
@@ -82,7 +91,12 @@ def finish_tile(
             source = tl.load(source + offsets, mask=mask, other=0.0)
             products = tl.where(mask, g * source.to(tl.float32), 0.0)
             share = tl.cast(j * parts + part, tl.int64)
-            if PER_CHANNEL:
+            if RANK > 0:
+                store_shares(
+                    products, dots, coefficients, coefficient_strides, j, channels, in_rows, inputs, in_columns,
+                    part, parts, out_channels, row_part, row_parts, k, all_k,
+                )  # fmt: skip
+            elif PER_CHANNEL:
                 tl.store(dots + share * out_channels + channels, tl.sum(products, 1), mask=in_rows)
             else:
                 # At once: a sum of sums of rows Triton before 3.8 cannot compile for sm_100.
@@ -103,10 +117,10 @@ def reduce_wgrad_kernel(
     taps,
     gradient_strides,
     weight_strides,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     N: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     WANTED: tl.constexpr,
     ADDED: tl.constexpr,
     DOTS: tl.constexpr,
@@ -134,7 +148,7 @@ def reduce_wgrad_kernel(
     g = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for split in tl.range(0, splits):
         g += tl.load(partial + tl.cast(split, tl.int64) * all_taps * size + offsets, mask=mask, other=0.0)
-    if PER_CHANNEL:
+    if PER_CHANNEL or RANK > 0:
         part, parts = column * all_taps + tap, columns * all_taps
     else:
         part, parts = tl.program_id(0), tl.num_programs(0)
@@ -142,8 +156,10 @@ def reduce_wgrad_kernel(
         g,
         tap_pointers(gradients, gradient_strides, t_d, t_h, t_w, N),
         tap_pointers(weights, weight_strides, t_d, t_h, t_w, N),
-        coefficients, dots, first_o, first_i, in_rows, in_columns, part, parts, out_channels,
-        gradient_strides, weight_strides, source_stride, channel_stride, N, PER_CHANNEL, WANTED, ADDED, DOTS, FAR,
+        coefficients_at_tap(coefficients, coefficient_strides, t_d, t_h, t_w, RANK),
+        dots, first_o, first_i, in_rows, in_columns, part, parts, out_channels,
+        group * rows + row, groups * rows, tap * in_features + first_i, all_taps * in_features,
+        gradient_strides, weight_strides, coefficient_strides, N, PER_CHANNEL, RANK, WANTED, ADDED, DOTS, FAR,
     )  # fmt: skip
 
 
@@ -158,11 +174,11 @@ def finish_coefficients_kernel(
     out_features,
     parts,
     splits,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     bias_strides,
     N: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     WANTED: tl.constexpr,
     DOTS: tl.constexpr,
     SUMS: tl.constexpr,
@@ -198,7 +214,7 @@ def finish_coefficients_kernel(
                     s = tl.zeros((BLOCK,), tl.float64)
                     for split in tl.range(0, splits):
                         s += tl.load(sums + split * out_features + o, mask=inside, other=0.0).to(tl.float64)
-                    factors = load_factors(coefficients, source_stride, channel_stride, o, inside, N, PER_CHANNEL)
+                    factors = load_factors(coefficients, coefficient_strides, o, inside, N, PER_CHANNEL, RANK)
                     if (WANTED >> j) & 1:
                         gradient = (s * factors[j].to(tl.float64)).to(tl.float32)
                         to = bias_gradients[j].dtype.element_ty
@@ -224,7 +240,9 @@ class Epilogue:
         gradients: the sources' buffers; stand-ins, with strides of 0, where none is wanted.
         gradient_strides: as ``strides_of``.
         dots: float32, the tiles' shares of <G, W_j>.
+        shares: the same as kernels take them: of ``Outer`` coefficients those of left, and of right.
         parts: how many shares there are of one sum.
+        row_parts: the same of the sums over rows, for the right of ``Outer`` coefficients.
     """
 
     def __init__(self, recipe: StridedRecipe, buffers: GradientBuffers, columns: int, tiles: int):
@@ -242,14 +260,25 @@ class Epilogue:
         self.flags = {
             "N": len(recipe.weights),
             "PER_CHANNEL": recipe.per_channel,
+            "RANK": recipe.rank,
             "WANTED": bits(wanted.weights),
             "ADDED": bits(buffers.added),
             "DOTS": wanted.coefficients,
             "FAR": is_wide(farthest),
         }
-        self.parts = columns if recipe.per_channel else tiles
-        shares = recipe.coefficients.numel() * self.parts if wanted.coefficients else 0
-        self.dots = recipe.coefficients.new_empty(shares, dtype=torch.float32)
+        self.parts = columns if recipe.per_channel or recipe.rank else tiles
+        self.row_parts = tiles // max(1, columns)
+        weight = recipe.weights[0]
+        sizes = self._sizes(weight.shape[0], weight.shape[1:].numel()) if wanted.coefficients else (0, 0)
+        self.dots = torch.empty(sum(sizes), dtype=torch.float32, device=weight.device)
+        self.shares = self.dots.split(sizes) if recipe.rank else self.dots
+
+    def _sizes(self, out: int, columns: int) -> tuple[int, int]:
+        """Of the shares: of left and of right of ``Outer`` coefficients; of others, all of them."""
+        recipe = self.recipe
+        if recipe.rank:
+            return recipe.terms * self.parts * out, recipe.terms * self.row_parts * columns
+        return len(recipe.weights) * self.parts * (out if recipe.per_channel else 1), 0
 
     def reduce(self, partial: Tensor, taps: Sequence[int], groups: int, config: Config) -> None:
         """Sum G's parts, (split, tap, out, in), and finish its tiles."""
@@ -259,7 +288,7 @@ class Epilogue:
         reduce_wgrad_kernel[(tiles * math.prod(taps),)](
             self.gradients,
             partial,
-            self.dots,
+            self.shares,
             self.recipe.weights,
             self.recipe.coefficients,
             groups,
@@ -269,7 +298,7 @@ class Epilogue:
             taps,
             self.gradient_strides,
             self.recipe.weight_strides,
-            *self.recipe.strides,
+            self.recipe.strides,
             **self.flags,
             BLOCK_OUT=config.rows,
             BLOCK_IN=config.columns,
@@ -279,7 +308,10 @@ class Epilogue:
     def finish(self, sums: Tensor | None) -> None:
         """Write the coefficients' gradients and the biases', from the shares and from dy's sums, (split, out)."""
         recipe, wanted, gradients = self.recipe, self.buffers.wanted, self.buffers.gradients
-        if not (wanted.coefficients or any(wanted.biases)):
+        if recipe.rank and wanted.coefficients:
+            self._finish_outer()
+        dots = wanted.coefficients and not recipe.rank
+        if not (dots or any(wanted.biases)):
             return
         out_features = recipe.weights[0].shape[0]
         bias_sources, bias_strides = recipe.vectors()
@@ -293,14 +325,24 @@ class Epilogue:
             out_features,
             self.parts,
             0 if sums is None else sums.shape[0],
-            *recipe.strides,
+            recipe.strides,
             bias_strides,
             N=len(recipe.weights),
             PER_CHANNEL=recipe.per_channel,
+            RANK=recipe.rank,
             WANTED=bits(wanted.biases),
-            DOTS=wanted.coefficients,
+            DOTS=dots,
             SUMS=sums is not None,
             HAS_BIAS=recipe.biases is not None,
             BLOCK=BLOCK,
             num_warps=8,
         )
+
+    def _finish_outer(self) -> None:
+        """Write the gradients of ``Outer`` coefficients, left beside right."""
+        weight = self.recipe.weights[0]
+        out, within, *taps = weight.shape
+        found = Outer.of(self.buffers.gradients.coefficients, out)
+        left, right = self.shares
+        sum_shares(found.left, left, self.parts, out, 1)
+        sum_shares(found.right, right, self.row_parts, within, math.prod(taps))

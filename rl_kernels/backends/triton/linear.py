@@ -25,7 +25,8 @@ from rl_kernels.backends.gpu.operands import (
 from rl_kernels.backends.triton.assembler import assembled, sound_configs
 from rl_kernels.backends.triton.configs import PRODUCT_CONFIGS, WGRAD_CONFIGS, usable
 from rl_kernels.backends.triton.epilogue import Epilogue, finish_tile
-from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.triton.mix import load_factors, load_terms, mixed_bias, mixed_tile, outer_factors
+from rl_kernels.backends.triton.outer import Panel, panels
 from rl_kernels.backends.triton.tile import GROUP, dot, is_widened, reduce_product, tile_of
 from rl_kernels.ops.shapes import as_rows
 from rl_kernels.ops.values import Gradients, Recipe, Wanted
@@ -51,12 +52,12 @@ def product_kernel(
     token_stride,
     reduction_stride,
     weight_strides,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     bias_strides,
     N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -70,7 +71,8 @@ def product_kernel(
     """out[split, token, feature] = sum over a split's part of the reduction of activation * W, in out's dtype.
 
     W is read as (feature, reduction). TRANSPOSED: the output channel, which has its own coefficients if PER_CHANNEL, is
-    the reduction. EVEN: the reduction is a multiple of its block. WIDE: offsets within a tile may pass 2^31.
+    the reduction. RANK: of Outer coefficients, (left, right); or 0. EVEN: the reduction is a multiple of its block.
+    WIDE: offsets within a tile may pass 2^31.
     """
     # Which tile, and which part of the sum.
     program, split = tl.program_id(0), tl.program_id(1)
@@ -90,13 +92,15 @@ def product_kernel(
     for j in tl.static_range(N):
         pointers = pointers + (weights[j] + first_feature.to(tl.int64) * weight_strides[j][0],)
         offsets = offsets + (f[:, None] * weight_strides[j][0] + r[None, :] * weight_strides[j][1],)
-    if PER_CHANNEL and not TRANSPOSED:
-        rows = load_factors(coefficients, source_stride, channel_stride, first_feature + f, in_features, N, True)
+    if RANK > 0:
+        rows = load_terms(coefficients, coefficient_strides, first_feature + f, in_features, N, RANK, not TRANSPOSED, 0)
+    elif PER_CHANNEL and not TRANSPOSED:
+        rows = load_factors(coefficients, coefficient_strides, first_feature + f, in_features, N, True, 0)
         factors = ()
         for j in tl.static_range(N):
             factors = factors + (rows[j][:, None],)
     elif not PER_CHANNEL:
-        factors = load_factors(coefficients, source_stride, channel_stride, 0, True, N, False)
+        factors = load_factors(coefficients, coefficient_strides, 0, True, N, False, 0)
 
     # The sum.
     dtype: tl.constexpr = activation.dtype.element_ty
@@ -106,8 +110,12 @@ def product_kernel(
         here = ()
         for j in tl.static_range(N):
             here = here + (pointers[j] + tl.cast(start, tl.int64) * weight_strides[j][1],)
-        if PER_CHANNEL and TRANSPOSED:
-            columns = load_factors(coefficients, source_stride, channel_stride, start + r, inside, N, True)
+        if RANK > 0:
+            known = True if EVEN else inside
+            columns = load_terms(coefficients, coefficient_strides, start + r, known, N, RANK, TRANSPOSED, 1)
+            factors = outer_factors(rows, columns, N, RANK)
+        elif PER_CHANNEL and TRANSPOSED:
+            columns = load_factors(coefficients, coefficient_strides, start + r, inside, N, True, 0)
             factors = ()
             for j in tl.static_range(N):
                 factors = factors + (columns[j][None, :],)
@@ -130,7 +138,7 @@ def product_kernel(
     # The bias, and where the tile goes.
     if HAS_BIAS:
         channels = first_feature + f
-        rows = load_factors(coefficients, source_stride, channel_stride, channels, in_features, N, PER_CHANNEL)
+        rows = load_factors(coefficients, coefficient_strides, channels, in_features, N, PER_CHANNEL, RANK)
         total += mixed_bias(biases, bias_strides, rows, channels, in_features, N, dtype)[:, None]
     out += (split.to(tl.int64) * tokens + first_token) * features + first_feature
     out_offsets = t[None, :].to(tl.int64) * features + f[:, None]
@@ -157,10 +165,10 @@ def wgrad_kernel(
     x_feature_stride,
     gradient_strides,
     weight_strides,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     N: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     WANTED: tl.constexpr,
     ADDED: tl.constexpr,
     DOTS: tl.constexpr,
@@ -210,14 +218,14 @@ def wgrad_kernel(
         offsets = o[:, None] * in_features + i[None, :]
         tl.store(partial + corner + offsets, g, mask=in_rows[:, None] & in_columns[None, :])
     else:
-        if PER_CHANNEL:
+        if PER_CHANNEL or RANK > 0:
             part, parts = column, tl.cdiv(in_features, BLOCK_IN)
         else:
             part, parts = program, tl.num_programs(0)
         finish_tile(
-            g, gradients, weights, coefficients, dots, first_out, first_in, in_rows, in_columns,
-            part, parts, out_features, gradient_strides, weight_strides, source_stride, channel_stride,
-            N, PER_CHANNEL, WANTED, ADDED, DOTS, FAR,
+            g, gradients, weights, coefficients, dots, first_out, first_in, in_rows, in_columns, part, parts,
+            out_features, row, tl.cdiv(out_features, BLOCK_OUT), first_in, in_features,
+            gradient_strides, weight_strides, coefficient_strides, N, PER_CHANNEL, RANK, WANTED, ADDED, DOTS, FAR,
         )  # fmt: skip
 
 
@@ -296,6 +304,7 @@ def multiply(
         column_bytes=activation.element_size(),
         scratch_bytes=activation.element_size(),
         slowness=numbers.slowness,
+        terms=recipe.terms,
     )
     usual = sound_configs(PRODUCT_CONFIGS, activation.device)
     config, splits, steps = choose(work, usable(usual, numbers), device_of(activation.device))
@@ -317,11 +326,12 @@ def multiply(
             steps,
             *activation.stride(),
             strides,
-            *recipe.strides,
+            recipe.strides,
             bias_strides,
             N=len(recipe.weights),
             TRANSPOSED=transposed,
             PER_CHANNEL=recipe.per_channel,
+            RANK=recipe.rank,
             HAS_BIAS=recipe.biases is not None and splits == 1,
             EVEN=reduction % config.depth == 0,
             WIDE=is_wide(max(*activation.stride(), *map(max, strides))),
@@ -354,13 +364,15 @@ def wgrad(
     if dy.shape[1] == 0:
         buffers.gradients.coefficients.zero_()
         return buffers.gradients
-    strided = StridedRecipe(recipe)
+    numbers = arithmetic(x.dtype, convolution)
     with on_device(x):
-        if wanted.product and x.shape[1] > 0:
-            epilogue = _multiply_gradients(dy, x, strided, buffers, arithmetic(x.dtype, convolution))
-        else:
-            epilogue = Epilogue(strided, buffers, 0, 0)
-        epilogue.finish(_sum_tokens(dy) if wanted.sums(recipe) else None)
+        for part in panels(Panel(dy, x, recipe, buffers, 1), usable(WGRAD_CONFIGS, numbers)):
+            strided = StridedRecipe(part.recipe)
+            if wanted.product and x.shape[1] > 0:
+                epilogue = _multiply_gradients(part.dy, x, strided, part.buffers, numbers)
+            else:
+                epilogue = Epilogue(strided, part.buffers, 0, 0)
+            epilogue.finish(_sum_tokens(part.dy) if wanted.sums(recipe) else None)
     return buffers.gradients
 
 
@@ -393,7 +405,7 @@ def _multiply_gradients(
     wgrad_kernel[(tiles, splits)](
         epilogue.gradients,
         partial,
-        epilogue.dots,
+        epilogue.shares,
         dy,
         x,
         recipe.weights,
@@ -406,7 +418,7 @@ def _multiply_gradients(
         *x.stride(),
         epilogue.gradient_strides,
         recipe.weight_strides,
-        *recipe.strides,
+        recipe.strides,
         **epilogue.flags,
         SPLIT=splits > 1,
         EVEN=tokens % config.depth == 0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -184,12 +185,13 @@ def variants(ops: Collection[str] | None = None) -> Iterator[Variant]:
         {"source_dtype": torch.float32},
         {"dtype": torch.float32, "tf32": True},
         {"splits": 4},
+        {"rank": 4},
     )
     for op in (op for op in ops if "linear" in op):
         usual = configs.configs_of(op)
         yield from (_linear(op, config) for config in usual)
         yield from (_linear(op, config, dtype=torch.float32) for config in configs.FLOAT32_CONFIGS)
-        yield from (_linear(op, usual[2], **recipe) for recipe in recipes)
+        yield from (_linear(op, usual[2], **recipe) for recipe in (*recipes, {"sources": 1, "rank": 16}))
     shapes: tuple[dict[str, Any], ...] = (
         {"kernel": (3,)},
         {"kernel": (3, 3, 3)},
@@ -198,6 +200,7 @@ def variants(ops: Collection[str] | None = None) -> Iterator[Variant]:
         {"groups": 4},
         {"groups": CHANNELS},
         {"groups": CHANNELS, "channels_last": False},
+        {"groups": CHANNELS, "rank": 4},
     )
     for op in (op for op in ops if "conv" in op):
         usual = configs.configs_of(op)
@@ -205,6 +208,7 @@ def variants(ops: Collection[str] | None = None) -> Iterator[Variant]:
         yield from (_conv(op, config, dtype=torch.float32) for config in configs.FLOAT32_CONFIGS)
         if not op.endswith("wgrad"):
             yield from (_conv(op, config, channels=config.rows) for config in configs.RESIDENT_CONFIGS)
+            yield _conv(op, configs.RESIDENT_CONFIGS[1], channels=configs.RESIDENT_CONFIGS[1].rows, rank=4)
         yield from (_conv(op, usual[2], **options) for options in (*recipes, *shapes))
 
 
@@ -253,17 +257,21 @@ class _Layer:
         source_dtype: torch.dtype | None = None,
         splits: int = 1,
         tf32: bool = False,
+        rank: int = 0,
     ):
         self.dtype, self.splits, self.tf32 = dtype, splits, tf32
         source_dtype = source_dtype or dtype
         out = shape[0]
         self.weights = [torch.empty(shape, dtype=source_dtype)] * sources
         self.coefficients = torch.empty((sources, out) if per_channel else (sources,))
+        if rank:
+            self.coefficients = torch.empty(sources, rank, out + math.prod(shape[1:]))
+        self.terms = sources * rank
         self.biases = [torch.empty(out, dtype=source_dtype)] * sources
         self.geometry: Geometry | None = None
         types = str(dtype) if source_dtype == dtype else f"{dtype} on {source_dtype}"
         self.name = f"{types.replace('torch.', '')}{' as TF32' * tf32}, {sources} sources"
-        self.name += ", per channel" * per_channel + f", {splits} splits" * (splits > 1)
+        self.name += ", per channel" * per_channel + f", rank {rank}" * (rank > 0) + f", {splits} splits" * (splits > 1)
 
     def variant(self, op: str, config: Config, x: Tensor, dy: Tensor) -> Variant:
         """A call of ``op`` on this layer, between an x and a dy."""
@@ -287,7 +295,8 @@ class _Layer:
         element = self.dtype.itemsize
         if op.endswith("wgrad"):
             return Work(SIZE, SIZE, SIZE, element, element, 0, 1.0)
-        return Work(SIZE, SIZE, SIZE, sum(weight.element_size() for weight in self.weights), element, element, 1.0)
+        row_bytes = sum(weight.element_size() for weight in self.weights)
+        return Work(SIZE, SIZE, SIZE, row_bytes, element, element, 1.0, terms=self.terms)
 
 
 def look(compiled: Any, name: str, variant: str, config: str, arch: str) -> Kernel:

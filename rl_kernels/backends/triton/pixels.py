@@ -40,6 +40,21 @@ def tap_pointers(pointers, strides, t_d, t_h, t_w, N: tl.constexpr):
 
 
 @triton.jit
+def coefficients_at_tap(coefficients, strides, t_d, t_h, t_w, RANK: tl.constexpr):
+    """The coefficients at one tap: of Outer ones, (left, right), right is moved there; others are alike at all taps."""
+    here = coefficients
+    if RANK > 0:
+        right = (
+            coefficients[1]
+            + tl.cast(t_d, tl.int64) * strides[4]
+            + tl.cast(t_h, tl.int64) * strides[5]
+            + tl.cast(t_w, tl.int64) * strides[6]
+        )
+        here = (coefficients[0], right)
+    return here
+
+
+@triton.jit
 def is_inside(d, h, w, sizes, DIMENSIONS: tl.constexpr):
     """Whether input pixels exist; the dimensions before the last DIMENSIONS have one pixel, and no shift."""
     inside = (w >= 0) & (w < sizes[2])

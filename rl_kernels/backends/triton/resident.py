@@ -13,9 +13,10 @@ from rl_kernels.backends.gpu.convolution import Correlation
 from rl_kernels.backends.gpu.heuristics import Config
 from rl_kernels.backends.gpu.operands import StridedRecipe, is_far, strides_of
 from rl_kernels.backends.triton.assembler import assembled
-from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile
+from rl_kernels.backends.triton.mix import load_factors, mixed_bias, mixed_tile, outer_factor
 from rl_kernels.backends.triton.pixels import (
     UNSPECIALISED,
+    coefficients_at_tap,
     is_inside,
     pixel_of,
     pixel_offset,
@@ -45,12 +46,12 @@ def resident_kernel(
     strides,
     out_strides,
     weight_strides,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     bias_strides,
     N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DIMENSIONS: tl.constexpr,
     TAPS_D: tl.constexpr,
@@ -75,10 +76,10 @@ def resident_kernel(
     wide_group = group.to(tl.int64)
     first_feature, first_channel = wide_group * features, wide_group * channels
     rows = load_factors(
-        coefficients, source_stride, channel_stride, first_feature + f, in_features, N, PER_CHANNEL and not TRANSPOSED
+        coefficients, coefficient_strides, first_feature + f, in_features, N, PER_CHANNEL and not TRANSPOSED, RANK
     )
     columns = load_factors(
-        coefficients, source_stride, channel_stride, first_channel + c, in_channels, N, PER_CHANNEL and TRANSPOSED
+        coefficients, coefficient_strides, first_channel + c, in_channels, N, PER_CHANNEL and TRANSPOSED, RANK
     )
     pointers, offsets, factors = (), (), ()
     for j in tl.static_range(N):
@@ -101,9 +102,22 @@ def resident_kernel(
     for tap in tl.static_range(TAPS_D * TAPS_H * TAPS_W):
         t_d, t_h, t_w = tap // TAPS_W // TAPS_H, tap // TAPS_W % TAPS_H, tap % TAPS_W
         here = tap_pointers(pointers, weight_strides, t_d, t_h, t_w, N)
+        if RANK > 0:
+            at_tap = coefficients_at_tap(coefficients, coefficient_strides, t_d, t_h, t_w, RANK)
+            factors = ()
+            for j in tl.static_range(N):
+                if TRANSPOSED:
+                    factor = outer_factor(
+                        at_tap, coefficient_strides, j, first_channel + c, in_channels, f, in_features, 1, 0
+                    )
+                else:
+                    factor = outer_factor(
+                        at_tap, coefficient_strides, j, first_feature + f, in_features, c, in_channels, 0, 1
+                    )
+                factors = factors + (factor,)
         filters = filters + (mixed_tile(here, offsets, factors, mask, N, dtype),)
     if HAS_BIAS:
-        rows = load_factors(coefficients, source_stride, channel_stride, first_feature + f, in_features, N, PER_CHANNEL)
+        rows = load_factors(coefficients, coefficient_strides, first_feature + f, in_features, N, PER_CHANNEL, RANK)
         bias = mixed_bias(biases, bias_strides, rows, first_feature + f, in_features, N, dtype)[:, None]
 
     # The pixels, a tile at a time.
@@ -167,11 +181,12 @@ def correlate(
         strides_of(activation),
         strides_of(out),
         recipe.strides_of_features(transposed),
-        *recipe.strides,
+        recipe.strides,
         bias_strides,
         N=len(recipe.weights),
         TRANSPOSED=transposed,
         PER_CHANNEL=recipe.per_channel,
+        RANK=recipe.rank,
         HAS_BIAS=recipe.biases is not None,
         DIMENSIONS=out.dim() - 2,
         TAPS_D=taps[0],

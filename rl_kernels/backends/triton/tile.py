@@ -57,11 +57,11 @@ def reduce_product_kernel(
     features,
     feature_stride,
     splits,
-    source_stride,
-    channel_stride,
+    coefficient_strides,
     bias_strides,
     N: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -75,7 +75,7 @@ def reduce_product_kernel(
     dtype: tl.constexpr = out.dtype.element_ty
     if HAS_BIAS:
         channels = elements // feature_stride % features
-        factors = load_factors(coefficients, source_stride, channel_stride, channels, mask, N, PER_CHANNEL)
+        factors = load_factors(coefficients, coefficient_strides, channels, mask, N, PER_CHANNEL, RANK)
         total += mixed_bias(biases, bias_strides, factors, channels, mask, N, dtype)
     tl.store(out + elements, total.to(dtype), mask=mask)
 
@@ -92,10 +92,11 @@ def reduce_product(out: Tensor, partial: Tensor, features: int, feature_stride: 
         features,
         feature_stride,
         partial.shape[0],
-        *recipe.strides,
+        recipe.strides,
         bias_strides,
         N=len(recipe.weights),
         PER_CHANNEL=recipe.per_channel,
+        RANK=recipe.rank,
         HAS_BIAS=recipe.biases is not None,
         BLOCK=REDUCE_BLOCK,
     )
