@@ -256,7 +256,7 @@ def _read_coco(path: Path, read: dict[str, Any], folder: Path, tally: Tally) -> 
         file = place / str(each["file_name"])
         try:
             size = _size_of(file, len(rows) <= READ_WHOLE)
-            told = (each.get("height", size[0]), each.get("width", size[1]))
+            told = (each.get("height") or size[0], each.get("width") or size[1])
             if told != size:
                 raise ValueError(f"data: {file} is {size[1]}x{size[0]}, {path} says {told[1]}x{told[0]}")
         except ValueError as error:

@@ -184,8 +184,11 @@ def tidied(boxes: Tensor, labels: Tensor, size: tuple[int, int], tally: Tally) -
 
 def picture_size(picture: Image) -> tuple[int, int]:
     """Return height and width of a picture as it is looked at: turned as its EXIF data say."""
+    from PIL import Image
+
     width, height = picture.size
-    return (width, height) if picture.getexif().get(ORIENTATION) in TURNED else (height, width)
+    # The method of PNG files would decode the pixels.
+    return (width, height) if Image.Image.getexif(picture).get(ORIENTATION) in TURNED else (height, width)
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:

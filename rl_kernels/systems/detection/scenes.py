@@ -157,7 +157,7 @@ def crop(photograph: Bytes, sides: tuple[float, float], shape: tuple[int, int], 
     step = min(random.uniform(*sides) / max(shape), most)
     places, parts = [], []
     for length, part in zip(photograph.shape, shape, strict=False):
-        start = random.uniform(0, length - part * step)
+        start = random.uniform(0, max(length - part * step, 0.0))
         place = np.clip(start + (np.arange(part) + 0.5) * step, 0.5, length - 0.5)
         first = max(int(place[0]) - 1, 0)
         places.append(place - first)
@@ -182,6 +182,9 @@ def scene(
     Returns:
         Pixels, uint8 ``(size, size, 3)``; the boxes around the visible part of each object, ``(N, 4)`` xyxy; labels
         ``(N,)``.
+
+    Raises:
+        ValueError: silhouettes of which nothing is left when they are made small.
     """
     random = np.random.default_rng((side, index))
     behind = int(random.integers(len(material.photographs)))
@@ -189,8 +192,12 @@ def scene(
     made = _Scene(background, np.full((size, size), -1))
     for _ in range(int(random.integers(1, MAX_OBJECTS + 1))):
         _add(made, material, behind, random)
-    while not made.labels:
+    for _ in range(ATTEMPTS):
+        if made.labels:
+            break
         _add(made, material, behind, random)
+    else:
+        raise ValueError(f"material: got silhouettes too thin for a box of {LEAST_SIDE} pixels, expected larger ones")
     boxes = [tight_box(made.owner == number) for number in range(len(made.labels))]
     return np.round(made.pixels * 255).astype(np.uint8), np.array(boxes), np.array(made.labels)
 

@@ -72,6 +72,13 @@ class Sample(NamedTuple):
         return Sample(found.image, found.boxes[kept], found.labels[kept], found.visible[kept])
 
 
+def _functional() -> Any:
+    import_torchvision()  # Before anything of it: a process that loads data has not imported it.
+    from torchvision.transforms.v2 import functional
+
+    return functional
+
+
 def check_size(size: int) -> None:
     """Raise unless images of this size can be given to the network.
 
@@ -110,7 +117,7 @@ def unplaced(boxes: Tensor, height: int, width: int, size: int) -> Tensor:
 
 def fitted(sample: Sample, size: int) -> Sample:
     """Resize, so that the longer side has ``size`` pixels."""
-    from torchvision.transforms.v2 import functional as F
+    F = _functional()
 
     place = placement(*sample.size, size)
     if sample.size == (place.height, place.width):
@@ -120,7 +127,7 @@ def fitted(sample: Sample, size: int) -> Sample:
 
 def letterboxed(sample: Sample, size: int) -> Sample:
     """Bring to a square of ``size`` pixels without a change of proportions; grey fills what is left."""
-    from torchvision.transforms.v2 import functional as F
+    F = _functional()
 
     check_size(size)
     place = placement(*sample.size, size)
@@ -164,7 +171,7 @@ def mosaic(samples: Sequence[Sample], size: int, centre: tuple[int, int]) -> Sam
 
 def window(sample: Sample, top: int, left: int, side: int, size: int) -> Sample:
     """Show a square part of an image, which may reach out of it, at ``size`` pixels; grey is around the image."""
-    from torchvision.transforms.v2 import functional as F
+    F = _functional()
 
     height, width = sample.size
     padding = [max(-left, 0), max(-top, 0), max(left + side - width, 0), max(top + side - height, 0)]
@@ -231,15 +238,16 @@ class Augmentation:
         return sample if same else window(sample, top, left, side, size)
 
     def _flipped(self, sample: Sample) -> Sample:
-        from torchvision.transforms.v2 import functional as F
+        F = _functional()
 
         return sample.moved(F.horizontal_flip) if _random() < self.flip else sample
 
     def _coloured(self, sample: Sample) -> Sample:
-        from torchvision.transforms import v2
-
         if not (self.hue or self.saturation or self.value):
             return sample
+        import_torchvision()
+        from torchvision.transforms import v2
+
         jitter = v2.ColorJitter(brightness=self.value, saturation=self.saturation, hue=self.hue)
         return sample._replace(image=jitter(sample.image))
 
