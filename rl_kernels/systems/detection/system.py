@@ -151,8 +151,8 @@ class DetectionSystem(System[DetectionConfig]):
     def figures(
         self, config: DetectionConfig, model: nn.Module, step: Callable[[], None], data: Callable[[bool], Batches]
     ) -> Mapping[str, Any]:
-        classes = model.classes  # type: ignore[attr-defined]
-        found = score(model, data(False), classes)
+        assert isinstance(model, Detector)
+        found = score(model, data(False), model.classes)
         return {"map_50_by_class": [each.map_50 for each in found.classes]}
 
 

@@ -340,8 +340,8 @@ class _Run:
         record.epoch({**line, **scores, "seconds": progress.seconds})
         progress.evaluated, progress.loss_sum = epoch + 1, 0.0
         score = next(value for key, value in scores.items() if key.endswith(f"_{self.reading.score}"))
-        better = score > progress.best
-        progress.best = max(progress.best, score)
+        better = score > progress.best or progress.best < 0  # A score may be no number.
+        progress.best = score if better else progress.best
         content = self._checkpoint(progress)
         if fabric.is_global_zero:
             if better:
