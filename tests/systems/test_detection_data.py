@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from rl_kernels.systems.data import loading, sets
-from rl_kernels.systems.detection import folders, scenes, trees
+from rl_kernels.systems.detection import DetectionLoss, Detector, Scorer, detections, folders, scenes, trees
 from rl_kernels.systems.detection.boxes import pairwise_iou
 from rl_kernels.systems.detection.data import BoxPictures, load, scored, targets_of
 from rl_kernels.systems.detection.images import BoxImages, Tally, box_set, read_picture, tidied
@@ -224,7 +224,7 @@ def test_scenes_that_cannot_be_are_refused(told):
 
 def test_silhouettes_of_which_nothing_is_left_are_refused():
     silhouettes = np.zeros((1, 28, 28), dtype=np.uint8)
-    silhouettes[0, :, 14] = 255
+    silhouettes[0, 0, 0] = silhouettes[0, 27, 27] = 128  # Two faint dots.
     material = scenes.Material(silhouettes, np.zeros(1, dtype=np.int64), [np.zeros((200, 200, 3), dtype=np.uint8)])
     with pytest.raises(ValueError, match="material: got silhouettes too thin"):
         scenes.scene(material, 0, 0)
@@ -588,3 +588,21 @@ def test_the_loader_takes_them(few):
 def test_a_size_that_the_network_cannot_take_is_refused(few):
     with pytest.raises(ValueError, match="size: got 100, expected a multiple of 32"):
         BoxPictures(few, 100)
+
+
+def test_batches_go_through_the_detector(few):
+    """Padding, images without boxes and images that are not scored are nothing to the loss and to the scores."""
+    torch.manual_seed(0)
+    model = Detector(3, "pico", image_size=64)
+    made = BoxPictures(few, 64)
+    batch = made.__getitems__([(0, 1), (3, 1), (2, loading.NOT_COUNTED)])
+    for each in (made.__getitems__([(0, 1)]), batch):
+        loss = DetectionLoss()(model(each.images / 255), targets_of(each.labels)).total
+        assert bool(loss.isfinite()) and float(loss) > 0
+    model.eval()
+    with torch.no_grad():
+        found = detections(*model(batch.images / 255))
+    scorer = Scorer(("one", "two", "three"))
+    scorer.update(found, batch.labels)
+    scores = scorer.compute()
+    assert scores.images == 2 and [each.boxes for each in scores.classes] == [1, 1, 1]
