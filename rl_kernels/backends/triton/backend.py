@@ -27,7 +27,7 @@ MAX_SOURCES = 8
 MAX_TERMS = 64
 """Sources times the rank of ``Outer`` coefficients: every term is code, and takes registers, of a main loop."""
 MAX_FAST_TERMS = 16
-"""With more of them the main loops of forward and dgrad move spilled registers, in all tiles that were looked at."""
+"""So many are held in registers; with 32 the main loops of forward and dgrad spill, in each tile that was looked at."""
 CAPABILITY = (8, 0)
 OLDEST = (3, 6)
 """The first Triton that passes tuples of tensors to kernels as these use them."""
