@@ -26,6 +26,9 @@ SANITIZERS := address,undefined
 SANITIZER_TESTS ?= tests/cpu tests/ops/test_semantics.py tests/ops/test_torch_samples.py tests/ops/test_opcheck.py \
 	tests/hostile/test_values.py tests/hostile/test_layouts.py
 
+# What differs from the other builds of the C++ kernels: the width of a vector, not what Python does with them.
+SCALAR := cpu and not opcheck and not (samples and float16)
+
 # torch's own samples in float32 only, and not those of transposed convolutions, which run the kernels of convolutions:
 # the property tests have all types, and a program at a time takes its time.
 INTERPRETED := interpreter or (triton and not (samples and (float16 or transpose)))
@@ -59,7 +62,7 @@ test-slow: $(VENV)/.test ## run the tests that take longer than a minute
 
 test-scalar: $(VENV)/.test ## run the tests of the ops on a build of the C++ kernels without vector instructions
 	USE_CPP=1 RL_KERNELS_SCALAR=1 $(BUILD_KERNELS) --build-lib build/scalar
-	RL_KERNELS_EXTENSION=$(CURDIR)/build/scalar/rl_kernels $(PYTEST) tests/ops tests/cpu -k cpu $(PYTEST_ARGS)
+	RL_KERNELS_EXTENSION=$(CURDIR)/build/scalar/rl_kernels $(PYTEST) tests/ops tests/cpu -k "$(SCALAR)" $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.test ## run tests of the C++ kernels under the address and undefined-behaviour sanitizers (Linux, GCC)
 	USE_CPP=1 RL_KERNELS_SANITIZE=$(SANITIZERS) $(BUILD_KERNELS) --build-lib build/sanitize

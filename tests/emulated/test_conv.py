@@ -15,7 +15,7 @@ from tests.emulated.problems import BF16, F16, SMALL, TF32, call_of, execute, ru
 OPS = ("mixed_conv", "mixed_conv_dgrad", "mixed_conv_wgrad")
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("problem", "dtype"),
@@ -41,7 +41,7 @@ def test_odd_shapes_and_recipes(op: str, problem: Problem, dtype: torch.dtype) -
     run(op, problem, dtype)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("stages", configs.STAGES)
 @pytest.mark.parametrize("late", [False, True])

@@ -27,7 +27,7 @@ def tf32() -> Iterator[None]:
     matmul.fp32_precision = before
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("problem", "dtype"),
@@ -47,7 +47,7 @@ def test_odd_shapes_and_recipes(op: str, problem: Problem, dtype: torch.dtype) -
     run(op, problem, dtype)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("stages", configs.STAGES)
 @pytest.mark.parametrize("late", [False, True, None])

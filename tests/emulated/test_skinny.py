@@ -64,7 +64,7 @@ class Problem:
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "features", "reduction", "dtype", "rows", "splits", "options"),

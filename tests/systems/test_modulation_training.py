@@ -38,7 +38,15 @@ def base(tiny, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["channel", "outer", "gate", "mixout", "mlp", "lora", "none"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "outer",
+        "lora",
+        "none",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("channel", "gate", "mixout", "mlp")),
+    ],
+)
 def test_a_task_is_learnt_on_a_frozen_network(kind, base, tiny, folder):
     settings = (f"weights={base}", f"kind={kind}", "limit=160", "epochs=3", "weight_decay=0", "warmup=0")
     metrics = train(tiny(*settings, of="modulation"), folder)
@@ -120,7 +128,10 @@ def test_a_base_of_other_classes(base, tiny, random_data, folder):
     assert runs[0]["head.base.weight"].shape[0] == 3
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+LARGE = ("resnet34", "resnet50")
+
+
+@pytest.mark.parametrize("preset", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in PRESETS])
 def test_presets_take_two_steps(preset, tiny, random_data, folder):
     large = preset.startswith("resnet")
     random_data(3 if large or "cifar" in preset else 1, 32 if large else 28, 10)
