@@ -3,7 +3,7 @@
 * ``config.py``: what a run is told; ``contract.py``: what a system is; ``registry.py``: which there are.
 * ``classification.py``: how images of one class each are read and scored.
 * ``replacement.py``: Replacement Learning and its controls. ``local/``: supervised local learning. ``modulation/``:
-  Kernel Modulation. ``detection/``: a detector, without its training yet.
+  Kernel Modulation. ``detection/``: a detector.
 * ``networks.py``: networks by name; ``models.py``: the small ones; ``data/``: images to train on.
 * ``runner/``: the loop, checkpoints, records. ``matrices.py``: experiments. ``comparing.py``, ``report.py``: results.
 * ``digits.py``: the demo's own short training, which needs none of these packages.
