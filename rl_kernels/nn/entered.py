@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
-
-if TYPE_CHECKING:
-    from rl_kernels.nn.layer import ReplacementLayer
 
 
 def entered(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` after what every call of a replaced layer does first."""
 
     @wraps(forward)
-    def call(self: ReplacementLayer, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         self._look_around()
         first = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(first, fx.Proxy):

@@ -10,14 +10,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from rl_kernels.nn.standing import paths_of
-
-if TYPE_CHECKING:
-    from rl_kernels.nn.layer import ReplacementLayer
+from rl_kernels.nn.standing import RunsOnOthers, paths_of
 
 KEY = "runs_on"
 
@@ -25,7 +22,7 @@ Way = str | None
 """From a layer to what it runs on, as a path that begins with a dot a step up; None for what is in no model."""
 
 
-def record(layer: ReplacementLayer, destination: Any, prefix: str) -> None:
+def record(layer: RunsOnOthers, destination: Any, prefix: str) -> None:
     """Write down on what ``layer`` runs, and warn of what the model that is saved does not hold."""
     savers = _callers(nn.Module.state_dict.__code__, lambda variables: variables.get("destination") is destination)
     metadata = getattr(destination, "_metadata", None)
@@ -43,7 +40,7 @@ def record(layer: ReplacementLayer, destination: Any, prefix: str) -> None:
         )
 
 
-def compare(layer: ReplacementLayer, prefix: str, recorded: Any) -> str:
+def compare(layer: RunsOnOthers, prefix: str, recorded: Any) -> str:
     """What stands against loading a layer that was saved with ``recorded``; empty where nothing does."""
     if recorded is None or not layer.runs_on:
         return ""
@@ -69,7 +66,7 @@ def compare(layer: ReplacementLayer, prefix: str, recorded: Any) -> str:
     return ""
 
 
-def _missing(layer: ReplacementLayer, ways: Sequence[Way]) -> str:
+def _missing(layer: RunsOnOthers, ways: Sequence[Way]) -> str:
     return ", ".join(layer.role(j) for j, way in enumerate(ways) if way is None)
 
 
@@ -77,7 +74,7 @@ def _listed(ways: Sequence[Way]) -> str:
     return ", ".join(way or "something unknown" for way in ways)
 
 
-def _ways(layer: ReplacementLayer, holders: Sequence[nn.Module]) -> tuple[Way, ...]:
+def _ways(layer: RunsOnOthers, holders: Sequence[nn.Module]) -> tuple[Way, ...]:
     """From ``layer`` to what it runs on, within the last of the modules that hold it."""
     standing = layer._standing
     if standing is not None and standing.is_within(holders) and standing.stands():
@@ -98,7 +95,7 @@ def _way(path: str, other: str | None) -> Way:
     return "." * len(here) + ".".join(there)
 
 
-def _callers(code: CodeType, fits: Callable[[dict[str, Any]], bool]) -> list[nn.Module]:
+def _callers(code: CodeType, fits: Callable[[dict[str, Any]], bool]) -> list[Any]:
     """The modules whose method of that code is under way and ``fits``, the outermost last.
 
     torch tells a module nothing of the model that it is saved or loaded with.

@@ -9,17 +9,32 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from rl_kernels.nn.adapters import check_adapters, full_name, has_adapters
 
-if TYPE_CHECKING:
-    from rl_kernels.nn.layer import ReplacementLayer
-
 Step = tuple["weakref.ref[nn.Module]", str, nn.Module]
 """A module, the name of a child in it, and the child."""
+
+
+class RunsOnOthers(Protocol):
+    """What is asked here of a replaced layer: see there."""
+
+    _standing: Standing | None
+
+    @property
+    def runs_on(self) -> tuple[nn.Module, ...]: ...
+
+    @property
+    def sources(self) -> tuple[nn.Module, ...]: ...
+
+    def role(self, j: int) -> str: ...
+
+    def run_on(self, modules: Sequence[nn.Module]) -> None: ...
+
+    def check_source(self, source: nn.Module, name: str) -> None: ...
 
 
 def paths_of(model: nn.Module) -> dict[int, str]:
@@ -108,7 +123,7 @@ class Standing:
         """Whether one of ``modules`` holds the layer and all that it runs on, as far as is known."""
         return any(reference() is module for reference in self.roots for module in modules)
 
-    def root(self, layer: nn.Module) -> tuple[nn.Module, int] | None:
+    def root(self, layer: object) -> tuple[nn.Module, int] | None:
         """The outermost of the roots that still is, and still holds ``layer``; and its number."""
         for depth, reference in enumerate(self.roots):
             root = reference()
@@ -166,7 +181,7 @@ _WHAT_TO_DO = (
 )
 
 
-def found_again(standing: Standing, layer: ReplacementLayer) -> Standing | None:
+def found_again(standing: Standing, layer: RunsOnOthers) -> Standing | None:
     """Where ``layer`` and what it runs on stand now that not all stand where they stood.
 
     What was moved or wrapped within the model is followed, and so is a source that was converted and kept its
@@ -230,7 +245,7 @@ def _within_wrapper(module: nn.Module, there: nn.Module | None, place: str, path
     return path
 
 
-def _successor(layer: ReplacementLayer, module: nn.Module, there: nn.Module | None) -> nn.Module | None:
+def _successor(layer: RunsOnOthers, module: nn.Module, there: nn.Module | None) -> nn.Module | None:
     """What stands in the place of a source and is the same in another form."""
     if there is None or module not in layer.sources:
         return None
