@@ -29,12 +29,15 @@ NAMES = {
 }
 
 
-# Each takes ptxas minutes: Hopper's, the one with hazards, is looked at every time, the others by make test-slow.
-ARCHS = [pytest.param(arch, marks=[pytest.mark.slow] * (arch != "sm_90")) for arch in offline.DEVICES]
+# Each takes ptxas minutes: Hopper's linear layers are looked at every time, all others by make test-slow.
+CASES = [
+    pytest.param(kind, arch, marks=[pytest.mark.slow] * ((kind, arch) != ("linear", "sm_90")))
+    for kind in NAMES
+    for arch in offline.DEVICES
+]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize(("kind", "arch"), CASES)
 def test_machine_code(kind: str, arch: str) -> None:
     kernels = list(offline.kernels(arch, [op for op in OPS if kind in op]))
     float32 = {"x".join(map(str, config)) for config in FLOAT32_CONFIGS}

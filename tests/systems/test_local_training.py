@@ -107,7 +107,14 @@ def test_a_replaced_network_learns_in_modules(tiny, folder):
     assert replaced and metrics["coefficients"] >= 4
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if not name.startswith("imagenet")])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "paper-like-resnet110"))
+        for name in PRESETS
+        if not name.startswith("imagenet")
+    ],
+)
 def test_presets_take_two_steps(preset, tiny, random_data, folder):
     shape = (3, 32, 10) if "paper" in preset else (1, 8 if "digits" in preset else 28, 10)
     random_data(*shape)

@@ -94,6 +94,7 @@ def test_a_linear_probe_is_one(base, tiny, folder):
         assert torch.equal(before[name], after[f"{stem}.base.{last}"])
 
 
+@pytest.mark.slow  # The runner's own test kills one of another system.
 def test_a_killed_run_goes_on_to_the_same_end(tiny, tmp_path):
     settings = ("width=4", "limit=320", "epochs=3", "batch_size=32", "checkpoint_steps=4")
     settings = (*settings, *(each for each in OPTIONS if not each.startswith(("limit", "granularity"))))
@@ -109,6 +110,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny, tmp_path):
     assert log(whole) == log(broken) and resumed["accuracy"] == expected["accuracy"]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tiny, folder):
     settings = (*WITHOUT_BATCH_STATISTICS, "targets=linear")
     train_on_two(folder / "two", *settings, of="modulation")
