@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.problems import COEFFICIENTS, Problem
 from benchmarks.rivals import Given, Rival, premixed
@@ -58,7 +58,29 @@ def enter(rival: Rival, problem: Problem, mode: str, truth: Mapping[str, tuple[T
     given = Given(problem, training=mode == BOTH)
     with rival.context():
         forward = rival.make(given)
+
+    def compare(output: Tensor) -> float:
+        found = {"output": output} | (canonical(given) if mode == BOTH else {})
+        return largest_error(found, truth, tolerance(problem))
+
     leaves = list(given.leaves.values())
+    return ready(rival.name, forward, leaves, problem.gradient, mode, rival.context, compare, rival.sources)
+
+
+def ready(
+    name: str,
+    forward: Callable[[], Tensor],
+    leaves: Sequence[nn.Parameter],
+    gradient: Tensor,
+    mode: str,
+    within: Callable[[], AbstractContextManager[None]],
+    compare: Callable[[Tensor], float],
+    sources: int,
+) -> Contender:
+    """Make a forward ready for a mode: with backward all gradients of ``leaves`` are asked for.
+
+    ``within`` is in force while it runs; ``compare`` takes an output, whose gradients the leaves then have.
+    """
 
     def release() -> None:
         for leaf in leaves:
@@ -67,25 +89,18 @@ def enter(rival: Rival, problem: Problem, mode: str, truth: Mapping[str, tuple[T
     def training() -> Tensor:
         release()
         output = forward()
-        output.backward(problem.gradient)
+        output.backward(gradient)
         return output
 
     @contextmanager
     def context() -> Iterator[None]:
         # Entered outside of the timing: entering no_grad takes as long as a small layer.
-        with rival.context(), torch.set_grad_enabled(mode == BOTH):
+        with within(), torch.set_grad_enabled(mode == BOTH):
             yield
 
     call = training if mode == BOTH else forward
-
-    def check() -> float:
-        found = {"output": call()}
-        if mode == BOTH:
-            found |= canonical(given)
-        return largest_error(found, truth, tolerance(problem))
-
-    returned = problem.gradient.nbytes + (sum(leaf.nbytes for leaf in leaves) if mode == BOTH else 0)
-    return Contender(rival.name, call, release, context, returned, rival.sources, check)
+    returned = gradient.nbytes + (sum(leaf.nbytes for leaf in leaves) if mode == BOTH else 0)
+    return Contender(name, call, release, context, returned, sources, lambda: compare(call()))
 
 
 def canonical(given: Given) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ bias)``, and it returns the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 import rl_kernels as rl
 import rl_kernels.functional as F
 from benchmarks.cases import LinearCase, ModulatedCase
-from benchmarks.contenders import BOTH, Contender, largest_error, tolerance
+from benchmarks.contenders import BOTH, Contender, largest_error, ready, tolerance
 from benchmarks.problems import build
 from benchmarks.rivals import CEILING, name_of
 
@@ -63,15 +63,9 @@ class Factors:
 
 def _ceiling(factors: Factors) -> Layer:
     """A plain layer on a weight that was modulated before, of which nothing is learnt but the bias."""
-    weight = (factors.weight * factors.factor(factors.left, factors.right)).to(factors.weight.dtype)
-    weight = weight.contiguous(memory_format=_format(factors.weight))
+    weight = torch.empty_like(factors.weight).copy_(factors.weight * factors.factor(factors.left, factors.right))
     plain = factors.layer.plain
     return lambda x, left, right, bias: plain(x, (weight, bias))  # noqa: ARG005
-
-
-def _format(weight: Tensor) -> torch.memory_format:
-    channels_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _naive(factors: Factors) -> Layer:
@@ -115,8 +109,6 @@ def _parametrized(factors: Factors) -> Layer:
 
 def _products(factors: Factors) -> Layer:
     """``x W^T + sum_r left_r * ((x * right_r) W^T)``: no modulated weight, R + 1 products. Of linear layers only."""
-    if not isinstance(factors.case.layer, LinearCase):
-        raise NotImplementedError("of linear layers only: a filter's taps meet different pixels")
     weight = factors.weight
 
     def forward(x: Tensor, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
@@ -137,6 +129,8 @@ RIVALS: dict[str, Callable[[Factors], Layer]] = {
     "two_products": _products,
 }
 """By the names that these ways have for a mix, too: ``two_products`` is the form without a weight."""
+OF_LINEAR_LAYERS = ("two_products",)
+"""Those that convolutions have not: a filter's taps meet different pixels."""
 
 
 def _ours(factors: Factors) -> Layer:
@@ -153,8 +147,10 @@ def entrants(
     """Name and maker of each contender of a cell, the ceiling first."""
     factors = Factors(case, device)
     truth = _true_results(factors, mode)
-    for name, make in RIVALS.items():
+    served = [name for name in RIVALS if isinstance(case.layer, LinearCase) or name not in OF_LINEAR_LAYERS]
+    for name in served:
         if name == CEILING or name in rivals:
+            make = RIVALS[name]
             yield name, partial(_enter, name, make, factors, mode, truth)
     for backend in backends:
         context = partial(rl.use_backend, backend)
@@ -190,33 +186,13 @@ def _enter(
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Contender:
     leaves = _leaves(factors, mode)
-    layer = make(factors)
-    forward = partial(layer, *leaves.values())
+    learnt = {key: leaf for key, leaf in leaves.items() if name != CEILING or key not in ("left", "right")}
 
-    def release() -> None:
-        for leaf in leaves.values():
-            leaf.grad = None
-
-    def training() -> Tensor:
-        release()
-        output = forward()
-        output.backward(factors.layer.gradient)
-        return output
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        with within(), torch.set_grad_enabled(mode == BOTH):
-            yield
-
-    call = training if mode == BOTH else forward
-
-    def check() -> float:
-        found = {"output": call().detach()}
-        found |= {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-        of_layer = name == CEILING and mode == BOTH
-        expected = {key: value for key, value in truth.items() if not (of_layer and key in ("left", "right"))}
+    def compare(output: Tensor) -> float:
+        found = {"output": output.detach()}
+        found |= {key: leaf.grad for key, leaf in learnt.items() if leaf.grad is not None}
+        expected = {key: truth[key] for key in ("output", *learnt) if key in truth}
         return largest_error(found, expected, tolerance(factors.layer))
 
-    learnt = [leaf for key, leaf in leaves.items() if name != CEILING or key not in ("left", "right")]
-    returned = factors.layer.gradient.nbytes + (sum(leaf.nbytes for leaf in learnt) if mode == BOTH else 0)
-    return Contender(name, call, release, context, returned, 1, check)
+    forward = partial(make(factors), *leaves.values())
+    return ready(name, forward, [*learnt.values()], factors.layer.gradient, mode, within, compare, sources=1)

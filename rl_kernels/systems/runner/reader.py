@@ -48,13 +48,13 @@ class FabricReader:
 
     def share(self, pictures: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's share of all images, in their order."""
-        rank, world = self.fabric.global_rank, self.fabric.world_size
-        order = loading.Order(len(pictures), self.config.batch_size, 0, 0, 0, rank, world, shuffled=False)
-        for batch in self.loader(pictures, order):
-            yield self.on_device(batch)
+        yield from self._in_order(pictures, self.fabric.global_rank, self.fabric.world_size)
 
     def all_of(self, pictures: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images once, in their order, and their labels."""
-        order = loading.Order(len(pictures), self.config.batch_size, 0, 0, 0, 0, 1, shuffled=False)
+        yield from self._in_order(pictures, 0, 1)
+
+    def _in_order(self, pictures: Any, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = loading.Order(len(pictures), self.config.batch_size, 0, 0, 0, rank, world, shuffled=False)
         for batch in self.loader(pictures, order):
             yield self.on_device(batch)
