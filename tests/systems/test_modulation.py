@@ -1,24 +1,24 @@
 """Kernel Modulation: what a task changes, what it leaves alone, what it stores, and what is refused."""
 
 import copy
-import json
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import rl_kernels as rl
 from rl_kernels.conversion.zoo import import_timm, import_torchvision
 from rl_kernels.systems.models import DigitsResNet, DigitsViT
 from rl_kernels.systems.modulation import (
     KINDS,
-    load_task,
-    load_task_state_dict,
     merge_task,
     modulate,
+    remove_task,
     run_tasks,
     save_task,
     set_task,
@@ -296,150 +296,96 @@ def test_copies_and_compiled_models():
     torch.testing.assert_close(compiled(images()), model(images()))
 
 
-# What is stored.
+def checkpointed(reentrant=False):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            y = checkpoint(lambda x: self.conv(x).relu(), x, use_reentrant=reentrant)
+            return self.fc(y.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Net()
+    for task in "ab":
+        modulate(model, "outer", task=task)
+        disturb(model, task)
+    return model
 
 
-@pytest.mark.parametrize("norms", ["own", "affine", "frozen"])
-@pytest.mark.parametrize("kind", [None, *KINDS])
-def test_a_task_is_saved_and_loaded(kind, norms, tmp_path):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_does_not_compute_with_another_task(reentrant):
+    """It computes layers again in backward: by then another task must not have been chosen, and none is silently."""
+    x = images().requires_grad_()
+    for switch in (
+        lambda model: run_tasks(model, x, ["a", "b", "a", "b", "b"]).sum(),
+        lambda model: [set_task(model, "a"), model(x).sum(), set_task(model, "b")][1],
+        lambda model: sum([set_task(model, task), model(x).sum()][1] for task in "ab"),
+    ):
+        with pytest.raises(RuntimeError, match="where checkpointing computes a layer again in backward, after calls"):
+            switch(checkpointed(reentrant)).backward()
+    model, plain = checkpointed(reentrant), checkpointed(reentrant)
+    for task in "abab":  # A task a step, in turns.
+        for each in (model, plain):
+            set_task(each, task)
+        model(x).square().sum().backward()
+        y = plain.fc(plain.conv(x).relu().mean((2, 3)))
+        y.square().sum().backward()
+        for found, expected in zip(task_parameters(model, task), task_parameters(plain, task), strict=True):
+            torch.testing.assert_close(found.grad, expected.grad)
+    set_task(model, "a")
+    model(x)  # A call that no backward follows is forgotten when the mode is set.
+    set_task(model, "b")
+    model.train()(x).sum().backward()
+
+
+def test_what_is_around_a_model_has_its_tasks():
+    model = modulate(resnet(), "outer", 2, head=3, task="a")
+    disturb(model, "a")
+    expected = model(images())
+    around = nn.DataParallel(model)
+    assert tasks_of(around) == tasks_of(model) == ("a",)
+    with pytest.raises(ValueError, match="task: got 'a', which the model has already"):
+        modulate(around, "outer", 2, head=5, task="a")
+    set_task(around, None)
+    assert not torch.equal(model(images())[:, :3], expected)
+    set_task(around, "a")
+    assert torch.equal(around(images()), expected)
+
+
+def test_a_task_is_removed():
+    model = modulate(resnet(), "outer", 2, task="a")
+    before = model.state_dict().keys()
+    modulate(model, "mixout", 2, head=3, task="b")
+    remove_task(model, "b")
+    assert tasks_of(model) == ("a",) and {key for key in model.state_dict() if ".tasks." in key} <= before
+    torch.testing.assert_close(model(images()), resnet()(images()))
+    modulate(model, "channel", task="b")
+    assert tasks_of(model) == ("a", "b")
+
+
+def test_gradients_left_on_the_base_move_it_no_more():
     model, x = resnet(), images()
-    modulate(model, kind, 2, norms=norms, head=3, task="mine")
-    disturb(model, "mine")
-    model.train()(x)
-    expected = model.eval()(x)
-    save_task(model, "mine", tmp_path / "mine.safetensors")
-    base = resnet()
-    assert load_task(base, tmp_path / "mine.safetensors") == "mine"
-    assert torch.equal(base(x), expected)
-    assert load_task(base, tmp_path / "mine.safetensors", "twin") == "twin"
-    assert torch.equal(base(x), expected) and tasks_of(base) == ("mine", "twin")
-    state = task_state_dict(model, "mine")
-    stored = sum(value.nbytes for value in state.values())
-    assert stored <= (tmp_path / "mine.safetensors").stat().st_size < stored + 200 * len(state) + 2000
-    disturb(base, "twin")
-    load_task_state_dict(base, state, "twin")
-    assert torch.equal(base(x), expected)
-
-
-def test_a_base_is_known_by_what_the_task_runs_on(tmp_path):
-    """Its own norms and its own classifier replace the base's, which may differ therefore."""
-    path = tmp_path / "task.safetensors"
-    for norms in ("own", "affine"):
-        model = modulate(resnet(), "outer", 2, norms=norms, head=3)
-        save_task(model, "task", path)
-        other = resnet(classes=2)
-        other.load_state_dict({k: v for k, v in resnet().state_dict().items() if "head" not in k}, strict=False)
-        load_task(copy.deepcopy(other), path)
-        with torch.no_grad():
-            other.stem[1].running_mean += 1
-        if norms == "own":
-            load_task(other, path)
-            assert torch.equal(other(images()), model(images()))
-        else:
-            with pytest.raises(ValueError, match="of another base"):
-                load_task(other, path)
-    save_task(modulate(resnet(), "outer", 2), "task", path)
-    with pytest.raises(ValueError, match="of another base"):
-        load_task(resnet(classes=2), path)
-
-
-def test_a_file_that_does_not_fit(tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    path = tmp_path / "task.safetensors"
-    save_task(modulate(resnet(), "outer", 2), "task", path)
-    with safe_open(path, "pt") as file:
-        about, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-    def refused(match, about=about, state=state, base=resnet, **options):
-        save_file(state, path, about)
-        model = base()
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=match):
-            load_task(model, path, **options)
-        untouched(model, before)
-
-    def told(**changed):
-        return {**about, "options": json.dumps({**json.loads(about["options"]), **changed})}
-
-    def another():
-        model = resnet()
-        with torch.no_grad():
-            model.blocks[0].conv1.weight[0, 0, 0, 0] += 1e-3
-        return model
-
-    refused("is a task of another base: of the weights", base=another)
-    refused("is a task of another base: of the weights", base=lambda: resnet().double())
-    refused("is a task of another base: this model has no 'blocks.0.conv1'", base=lambda: DigitsResNet(8, (0, 0)))
-    refused(r"got shape \(2, 8\) of 'stem.0.left', expected \(3, 8\)", about=told(rank=3))
-    refused("got no 'blocks.0.conv1.scale', expected the", about=told(kind="channel"))
-    refused("does not say what its task is made of: kind 'other'", about=told(kind="other"))
-    refused("does not say what its task is made of: rank 0", about=told(rank=0))
-    refused("does not say what its task is made of", about={**about, "options": "{}"})
-    refused("has format 'other', expected 'rl_kernels task 1'", about={**about, "format": "other"})
-    refused("got no 'stem.0.left'", state={k: v for k, v in state.items() if k != "stem.0.left"})
-    refused("got 'more', which the task has not", state={**state, "more": torch.zeros(1)})
-    refused("task: got 'a.b', expected a name without dots", task="a.b")
-    path.write_bytes(b"nothing")
-    model = resnet()
-    before = copy.deepcopy(model.state_dict())
-    for name, match in ((path, "is no file of safetensors"), (tmp_path / "none", "is no file")):
-        with pytest.raises(ValueError, match=match):
-            load_task(model, name)
-    untouched(model, before)
-
-
-def test_a_state_of_another_rank():
-    model = modulate(resnet(), "outer", 2)
-    state = task_state_dict(modulate(resnet(), "outer", 3), "task")
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=re.escape("got shape (3, 8) of 'stem.0.left', expected (2, 8)")):
-        load_task_state_dict(model, state, "task")
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
-    from rl_kernels.systems.runner.folder import RunError
-
-    model = modulate(resnet(), "outer", 2)
-    with pytest.raises(RunError, match="not written"):
-        save_task(model, "task", tmp_path / "none" / "task.safetensors")
-    assert not (tmp_path / "none").exists()
-
-
-# How large a task is.
-
-SHARES = {
-    # Per cent of the whole network, as systems of this kind are compared: modulators, then affine norms.
-    "resnet18": {"channel": 0.04, "gate": 11.9, "outer": 0.31, "mixout": 1.31, "mlp": 0.23, "norms": 0.08},
-    "resnet34": {"channel": 0.04, "gate": 11.5, "outer": 0.34, "mixout": 1.25, "mlp": 0.21, "norms": 0.08},
-    "resnet50": {"channel": 0.10, "gate": 52.4, "outer": 0.31, "mixout": 3.33, "mlp": 0.13, "norms": 0.21},
-}
-
-
-@pytest.mark.parametrize("name", SHARES)
-def test_shares_of_parameters(name):
-    with torch.device("meta"):
-        model = import_torchvision().models.get_model(name, weights=None)
-        whole = sum(p.numel() for p in model.parameters())
-        for kind in KINDS:
-            modulate(model, kind, 16 if kind == "mixout" else 1, norms="frozen", task=kind)
-        modulate(model, None, norms="own", task="norms")
-        modulate(model, "outer", 4, task="default")
-    found = {task: 100 * sum(p.numel() for p in task_parameters(model, task)) / whole for task in tasks_of(model)}
-    for task, share in SHARES[name].items():
-        assert found[task] == pytest.approx(share, abs=0.005 if share < 10 else 0.05), task
-    assert 1.2 < found["default"] < 1.5, "about 1.4 % of the network"
-    # In a file running statistics stand beside: two numbers a channel more, and a counter a norm.
-    stored = sum(value.nbytes for value in task_state_dict(model, "default").values())
-    norms = sum(isinstance(layer, Switched) and isinstance(layer.base, nn.BatchNorm2d) for layer in model.modules())
-    parameters = sum(p.numel() for p in task_parameters(model, "default"))
-    affine = sum(p.numel() for p in task_parameters(model, "norms"))
-    assert stored == 4 * (parameters + affine) + 8 * norms
+    expected = model(x)
+    expected.sum().backward()
+    modulate(model, "outer", 2, head=3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    set_task(model, None)
+    assert torch.equal(model(x), expected)
 
 
 # What is refused.
+
+
+def hooked(add):
+    model = resnet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        add(model.stem[0])
+    return model
 
 
 def single():
@@ -497,6 +443,24 @@ ERRORS = {
     "a method's name": (resnet, {"task": "train"}, ValueError, "task: got 'train', expected a name"),
     "no name": (resnet, {"task": 3}, TypeError, "task: got int, expected a name"),
     "a single layer": (single, {}, ValueError, "model: got a single Conv2d, expected a model around it"),
+    "hooks": (
+        lambda: hooked(lambda layer: layer.register_forward_hook(lambda *_: None)),
+        {},
+        ValueError,
+        "model: 'stem.0' has hooks (_forward_hooks), which a task would pass over",
+    ),
+    "an old weight norm": (
+        lambda: hooked(torch.nn.utils.weight_norm),
+        {},
+        ValueError,
+        "model: 'stem.0' has hooks (_forward_pre_hooks), which a task would pass over",
+    ),
+    "nothing of its own": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3)),
+        {"kind": None},
+        ValueError,
+        "kind: got None without head, of a model without norms",
+    ),
     "replaced": (
         lambda: rl.replace(deep := DigitsResNet(4, (4,)), rl.plan(deep, every=2)),
         {},

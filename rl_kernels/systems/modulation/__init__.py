@@ -18,6 +18,7 @@ from rl_kernels.systems.modulation.files import (
 from rl_kernels.systems.modulation.modulating import (
     merge_task,
     modulate,
+    remove_task,
     run_tasks,
     set_task,
     task_parameters,
@@ -31,6 +32,7 @@ __all__ = [
     "load_task_state_dict",
     "merge_task",
     "modulate",
+    "remove_task",
     "run_tasks",
     "save_task",
     "set_task",

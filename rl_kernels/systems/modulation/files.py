@@ -16,16 +16,16 @@ from rl_kernels.systems.modulation.modulating import (
     NORMS,
     Options,
     attach,
+    check_layers,
     check_model,
     check_name,
     layers_of,
     make_parts,
     options_of,
     parts_of,
-    switched,
 )
 from rl_kernels.systems.modulation.modulators import KINDS
-from rl_kernels.systems.modulation.switched import Own
+from rl_kernels.systems.modulation.switched import Own, Switched
 
 FORMAT = "rl_kernels task 1"
 """Of a task's file."""
@@ -117,14 +117,14 @@ def load_task(model: nn.Module, path: str | Path, task: str | None = None) -> st
     """
     check_model(model)
     about, state = _read(Path(path))
-    options = _options(Path(path), about)
+    options = _options(Path(path), about, state)
     name = about["task"] if task is None else task
     check_name(model, name)
     layers = dict(layers_of(model))
-    named = (*options.layers, *(() if options.classifier is None else (options.classifier,)))
-    missing = [each for each in named if each not in layers]
+    missing = [each for each in options.replaced if each not in layers]
     if missing:
         raise ValueError(f"path: {path} is a task of another base: this model has no {missing[0]!r}")
+    check_layers(layers, options.replaced)
     found = base_hash(model, options)
     if found != about["base"]:
         raise ValueError(
@@ -133,7 +133,7 @@ def load_task(model: nn.Module, path: str | Path, task: str | None = None) -> st
         )
     parts = make_parts(model, options)
     _fill(parts, state, f"{path}: ")
-    attach(model, options, parts, name)
+    attach(model, parts, name)
     return str(name)
 
 
@@ -143,10 +143,13 @@ def base_hash(model: nn.Module, options: Options) -> str:
     Those that a task has of its own do not count, so that a base with another classifier is the same base to it.
     """
     layers = dict(layers_of(model))
-    places = switched(model)
-    own = {options.classifier}
+    own = {layers[options.classifier]} if options.classifier is not None else set()
     if options.norms == "own":
-        own |= {path for path, layer in layers.items() if isinstance(layer, NORMS)}
+        own |= {layer for layer in layers.values() if isinstance(layer, NORMS)}
+    # A layer in several places has as many names in a state_dict.
+    everywhere = list(model.named_modules(remove_duplicate=False))
+    places = {path for path, module in everywhere if isinstance(module, Switched)}
+    replaced = [f"{path}." for path, module in everywhere if (module.base if path in places else module) in own]
     total = hashlib.sha256()
     for key, value in model.state_dict().items():
         parts = key.split(".")
@@ -156,9 +159,7 @@ def base_hash(model: nn.Module, options: Options) -> str:
                 continue
             del parts[at]
         name = ".".join(parts)
-        if any(name.startswith(f"{path}.") for path in own if path is not None):
-            continue
-        if not isinstance(value, Tensor):
+        if name.startswith(tuple(replaced)) or not isinstance(value, Tensor):
             continue
         raw = value.detach().cpu().contiguous()
         total.update(f"{name} {raw.dtype} {tuple(raw.shape)}\n".encode())
@@ -178,10 +179,14 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"path: {path} is no file of safetensors: {error}") from error
     if about.get("format") != FORMAT:
         raise ValueError(f"path: {path} has format {about.get('format')!r}, expected {FORMAT!r} as save_task writes")
+    missing = [name for name in ("task", "base", "options") if name not in about]
+    if missing:
+        raise ValueError(f"path: {path} does not say its {missing[0]!r}, expected a file that save_task wrote")
     return about, state
 
 
-def _options(path: Path, about: Mapping[str, str]) -> Options:
+def _options(path: Path, about: Mapping[str, str], state: Mapping[str, Tensor]) -> Options:
+    largest = max((size for value in state.values() for size in value.shape), default=0)
     try:
         read: Any = json.loads(about["options"])
         options = Options(**{**read, "layers": tuple(read["layers"])})
@@ -189,6 +194,13 @@ def _options(path: Path, about: Mapping[str, str]) -> Options:
             raise ValueError(f"kind {options.kind!r}")
         if not isinstance(options.rank, int) or options.rank < 1:
             raise ValueError(f"rank {options.rank!r}")
+        # Before anything of that size is made.
+        for name, size in (
+            ("rank", options.rank if options.kind is not None else 1),
+            ("classes", options.classes or 1),
+        ):
+            if size > max(largest, 1):
+                raise ValueError(f"{name} {size}, of which its tensors have no more than {largest}")
         return options
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: {path} does not say what its task is made of: {error}") from error

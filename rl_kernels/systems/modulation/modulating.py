@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rl_kernels.conversion.options import at_least, one_of
 from rl_kernels.nn import ReplacementLayer
-from rl_kernels.systems.modulation.modulators import CONVOLUTIONS, KINDS, LAYERS, Kind, is_convolution
+from rl_kernels.nn.adapters import HOOKS
+from rl_kernels.systems.modulation.modulators import CONVOLUTIONS, KINDS, LAYERS, Kind, Modulator, is_convolution
 from rl_kernels.systems.modulation.switched import Own, Switched
 
 Norms = Literal["own", "affine", "frozen"]
@@ -43,6 +44,11 @@ class Options(NamedTuple):
     norms: Norms
     classifier: str | None
     classes: int | None
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Paths of the layers, norms aside, that a part of the task stands in for."""
+        return self.layers if self.classifier is None else (*self.layers, self.classifier)
 
 
 def modulate(
@@ -84,7 +90,7 @@ def modulate(
     """
     options = _checked(model, kind, rank, targets, norms, head, classifier)
     check_name(model, task)
-    attach(model, options, make_parts(model, options), task)
+    attach(model, make_parts(model, options), task)
     return model
 
 
@@ -109,19 +115,22 @@ def new_classifier(old: Any, classes: int) -> nn.Linear:
     return nn.Linear(old.in_features, classes, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
 
 
-def attach(model: nn.Module, options: Options, parts: Mapping[str, nn.Module], task: str) -> None:
+def attach(model: nn.Module, parts: Mapping[str, nn.Module], task: str) -> None:
     """Give the model a task of these parts, and choose it; what is not a task's is frozen."""
     # A norm that stays the base's is switched as well: statistics of the base follow no task.
     norms = [path for path, layer in layers_of(model) if isinstance(layer, NORMS)]
     _switch(model, {*parts, *norms})
     places = switched(model)
+    for place in places.values():
+        place.known.append(task)
     for path, part in parts.items():
         part.train(model.training)
         places[path].tasks[task] = part
-    model.requires_grad_(False)
-    for place in places.values():
-        place.tasks.requires_grad_(True)
-    _options_of(model)[task] = options
+    learnt = {parameter for place in places.values() for parameter in place.tasks.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in learnt)
+        if parameter not in learnt:
+            parameter.grad = None  # What is left of one would move the base in an optimizer's next step.
     set_task(model, task)
 
 
@@ -138,18 +147,33 @@ def set_task(model: nn.Module, task: str | None) -> None:
 
 
 def tasks_of(model: nn.Module) -> tuple[str, ...]:
-    """Names of a model's tasks, in the order in which they came."""
-    return tuple(_options_of(model))
+    """Names of the tasks that a model's layers know, in the order in which they came.
+
+    They are the same for whatever is around the model, as ``DataParallel``.
+    """
+    return tuple(dict.fromkeys(task for layer in switched(model).values() for task in layer.known))
 
 
 def options_of(model: nn.Module, task: str) -> Options:
-    """What :func:`modulate` was told of a task.
+    """What a task is made of, as :func:`modulate` takes it.
 
     Raises:
         ValueError: there is no such task.
     """
-    _known(model, task)
-    return _options_of(model)[task]
+    parts = parts_of(model, task)
+    modulators = {path: part for path, part in parts.items() if isinstance(part, Modulator)}
+    first = next(iter(modulators.values()), None)
+    kind = None if first is None else first.kind
+    rank = 1 if first is None or first.rank is None else first.rank
+    norms: Norms = "frozen"
+    classifier: str | None = None
+    classes: int | None = None
+    for path, part in parts.items():
+        if isinstance(part, Own) and isinstance(part.own, nn.Linear):
+            classifier, classes = path, part.own.out_features
+        elif isinstance(part, Own):
+            norms = "own" if part.statistics else "affine"
+    return Options(kind, rank, tuple(modulators), norms, classifier, classes)
 
 
 def parts_of(model: nn.Module, task: str) -> dict[str, nn.Module]:
@@ -160,6 +184,22 @@ def parts_of(model: nn.Module, task: str) -> dict[str, nn.Module]:
     """
     _known(model, task)
     return {path: layer.tasks[task] for path, layer in switched(model).items() if task in layer.tasks}
+
+
+def remove_task(model: nn.Module, task: str) -> None:
+    """Take a task out of a model; where it was chosen the base is.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    _known(model, task)
+    for layer in switched(model).values():
+        if task in layer.known:
+            layer.known.remove(task)
+        if task in layer.tasks:
+            del layer.tasks[task]
+        if layer.chosen == task:
+            layer.chosen = None
 
 
 def task_parameters(model: nn.Module, task: str) -> Iterator[nn.Parameter]:
@@ -228,17 +268,10 @@ def merge_task(model: nn.Module, task: str | None) -> nn.Module:
         plain[key] = layer.plain()
         layer.chosen = before
     merged = copy.deepcopy(model, plain)
-    merged.__dict__.pop(_RECORD, None)
     return merged.requires_grad_(True).train(model.training)
 
 
 # What is found in a model.
-
-_RECORD = "_rl_kernels_tasks"
-
-
-def _options_of(model: nn.Module) -> dict[str, Options]:
-    return model.__dict__.setdefault(_RECORD, {})
 
 
 def switched(model: nn.Module) -> dict[str, Switched]:
@@ -297,6 +330,20 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def check_layers(layers: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
+    """Raise unless a task may stand in for the layers at these paths, which then do not run themselves."""
+    for path in paths:
+        layer: Any = layers[path]
+        if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"model: {path!r} has no weight yet: run the model once before it is modulated")
+        hooks = [name for name in HOOKS if "state_dict" not in name and getattr(layer, name, None)]
+        if hooks:
+            raise ValueError(
+                f"model: {path!r} has hooks ({', '.join(hooks)}), which a task would pass over, expected none: take "
+                "them off before"
+            )
+
+
 def check_name(model: nn.Module, task: str) -> None:
     """Raise unless a new task of the model can have this name."""
     if not isinstance(task, str):
@@ -328,15 +375,16 @@ def _checked(
     layers = dict(layers_of(model))
     if head is not None:
         classifier = find_classifier(model, classifier)
-    chosen = () if kind is None else _chosen(layers, targets, classifier)
+    chosen = () if kind is None else chosen_layers(layers, targets, classifier)
     if kind is not None and KINDS[kind].convolutions_only:
         linear = [path for path in chosen if not is_convolution(layers[path])]
         if linear:
             raise ValueError(f"targets: got the linear layer {linear[0]!r} with kind {kind!r}, expected convolutions")
-    for path in (*chosen, *(() if classifier is None else (classifier,))):
-        if isinstance(layers[path].weight, nn.parameter.UninitializedParameter):
-            raise ValueError(f"model: {path!r} has no weight yet: run the model once before it is modulated")
-    return Options(kind, rank, chosen, norms, classifier, head)
+    options = Options(kind, rank, chosen, norms, classifier, head)
+    check_layers(layers, options.replaced)
+    if not options.replaced and not any(isinstance(layer, NORMS) for layer in layers.values()):
+        raise ValueError("kind: got None without head, of a model without norms, which leaves nothing to a task")
+    return options
 
 
 def find_classifier(model: nn.Module, path: str | None = None) -> str:
@@ -354,7 +402,12 @@ def find_classifier(model: nn.Module, path: str | None = None) -> str:
     return linear[-1]
 
 
-def _chosen(layers: dict[str, nn.Module], targets: Any, classifier: str | None) -> tuple[str, ...]:
+def chosen_layers(layers: Mapping[str, nn.Module], targets: Any, classifier: str | None) -> tuple[str, ...]:
+    """Return the paths that ``targets`` of :func:`modulate` stands for, the classifier's aside.
+
+    Raises:
+        ValueError: there is none, or one that cannot be modulated.
+    """
     if isinstance(targets, str):
         one_of("targets", targets, TARGETS)
         found = [path for path, layer in layers.items() if type(layer) in TARGETS[targets] and path != classifier]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rl_kernels.systems.modulation.modulators import Modulator
@@ -47,6 +49,7 @@ class Switched(nn.Module):
     Attributes:
         base: the layer of the shared network.
         tasks: by task, its part of this layer: a modulator or an ``Own``; none where it has the base's.
+        known: names of the model's tasks, those without a part here among them.
         chosen: name of the task that runs; None for the base.
     """
 
@@ -54,7 +57,10 @@ class Switched(nn.Module):
         super().__init__()
         self.base = base
         self.tasks = nn.ModuleDict()
+        self.known: list[str] = []
         self.chosen: str | None = None
+        # Calls in training that checkpointing may compute again, by what was chosen.
+        self._pending: Counter[str | None] = Counter()
         self.base.eval()
 
     @property
@@ -65,7 +71,13 @@ class Switched(nn.Module):
         return self.tasks[self.chosen]  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """What the base computes, as the chosen task has it."""
+        """What the base computes, as the chosen task has it.
+
+        Raises:
+            RuntimeError: checkpointing computes this again while another task may have been chosen then.
+        """
+        if self.training and not torch.compiler.is_compiling():
+            self._check_choice()
         part = self.part
         return self.base(x, *arguments, **keywords) if part is None else part(x, self.base)
 
@@ -73,7 +85,21 @@ class Switched(nn.Module):
         """Set the mode of the tasks' parts."""
         super().train(mode)
         self.base.eval()
+        self._pending.clear()
         return self
+
+    def _check_choice(self) -> None:
+        """Raise where a call within backward cannot be told to have the choice of the call that it repeats."""
+        if torch._C._current_graph_task_id() == -1:
+            self._pending[self.chosen] += 1
+            return
+        others = [task for task, count in self._pending.items() if count > 0 and task != self.chosen]
+        if others:
+            raise RuntimeError(
+                f"task: got {self.chosen!r} where checkpointing computes a layer again in backward, after calls with "
+                f"{', '.join(map(repr, others))}: call backward before another task is chosen, or without checkpointing"
+            )
+        self._pending[self.chosen] = max(0, self._pending[self.chosen] - 1)
 
     @property
     def weight(self) -> Any:

@@ -16,8 +16,9 @@ from rl_kernels.systems.config import Config
 from rl_kernels.systems.contract import Batches, Built, ImageShape, System
 from rl_kernels.systems.modulation.files import task_state_dict
 from rl_kernels.systems.modulation.modulating import (
-    CONVOLUTIONS,
+    chosen_layers,
     find_classifier,
+    layers_of,
     modulate,
     parts_of,
     task_parameters,
@@ -137,8 +138,7 @@ def _add_lora(model: nn.Module, wanted: Modulation) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("modulation.kind='lora' needs the package peft: pip install peft") from error
-    kinds = {"conv": CONVOLUTIONS, "linear": (nn.Linear,), "all": (*CONVOLUTIONS, nn.Linear)}[wanted.targets]
-    targets = [path for path, layer in model.named_modules() if type(layer) in kinds]
+    targets = list(chosen_layers(dict(layers_of(model)), wanted.targets, find_classifier(model)))
     own = list(task_parameters(model, TASK))
     inject_adapter_in_model(LoraConfig(r=wanted.rank, lora_alpha=wanted.rank, target_modules=targets), model)
     for parameter in own:  # peft freezes what is not its own.
